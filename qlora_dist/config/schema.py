@@ -1,0 +1,164 @@
+"""The configuration of a run: one pydantic model a section, in the words of transformers and PEFT."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+ScheduleName = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
+OptimName = Literal["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch", "sgd"]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values are checked on assignment."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    name: str = Field(
+        description="A local folder, a hub id, or `package:NAME` for a GGUF file inside an installed Python package."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    trust_remote_code: bool = Field(False, description="Run Python code that the model repository brings.")
+    quantization: Literal["nf4", "none"] = Field("nf4", description="`none` keeps the base in the compute dtype.")
+    double_quant: bool = Field(True, description="Quantise the quantisation constants too.")
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="`auto` is bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."
+    )
+    cache_quantized: Path | None = Field(
+        None, description="Folder to keep the quantised base in; stock transformers loads it. Reused when present."
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+
+class AdapterConfig(Section):
+    """LoRA, by PEFT's field names."""
+
+    path: Path | None = Field(
+        None, description="Start from this PEFT adapter folder; its own adapter_config.json then decides the shape."
+    )
+    r: PositiveInt = 16
+    lora_alpha: PositiveInt = 32
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    target_modules: str | list[str] = Field("all-linear", description="`all-linear`, a regular expression, or names.")
+    modules_to_save: list[str] | None = Field(None, description="Modules trained in full beside the adapter.")
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
+
+
+class DataConfig(Section):
+    """Rows in, packs out."""
+
+    train: str = Field(description="A JSONL file, or `bundled:NAME` for a dataset that ships with the project.")
+    eval: str | None = Field(None, description="Held-out rows: a JSONL file or `bundled:NAME`.")
+    eval_split: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="Hold out this share (below 1) or number of training rows; excludes `eval`."
+    )
+    format: Literal["auto", "messages", "alpaca", "prompt_completion", "question_answer"] = "auto"
+    max_length: PositiveInt = Field(2048, description="Tokens a pack holds at most.")
+    too_long: Literal["truncate", "drop", "error"] = Field(
+        "truncate", description="What becomes of a row of more than `max_length` tokens."
+    )
+    assistant_only_loss: bool = Field(True, description="Loss on the assistant's tokens only.")
+    shuffle: bool = True
+    max_rows: PositiveInt | None = Field(None, description="Use only the first rows of the training source.")
+    max_eval_rows: PositiveInt | None = None
+
+
+class TrainConfig(Section):
+    """The optimisation, by transformers' names."""
+
+    max_steps: PositiveInt | None = Field(None, description="Optimizer steps; takes the place of num_train_epochs.")
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="1 where max_steps is unset too.")
+    per_device_train_batch_size: PositiveInt = Field(1, description="Packs a micro-batch.")
+    gradient_accumulation_steps: PositiveInt | None = Field(
+        None, description="Micro-batches a worker and step; follows from global_batch_size where that is set."
+    )
+    global_batch_size: PositiveInt | None = Field(
+        None, description="Packs an optimizer step, over all workers; stays as it is when workers come and go."
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    lr_scheduler_type: ScheduleName = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    warmup_ratio: Fraction = Field(0.0, description="Share of all steps; excludes warmup_steps.")
+    optim: OptimName = Field(
+        "paged_adamw_8bit", description="The paged ones run unpaged on a CPU."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0 turns clipping off.")
+    gradient_checkpointing: bool = False
+    max_bad_steps: PositiveInt = Field(10, description="Stop after so many non-finite steps in a row.")
+    logging_steps: PositiveInt = 1
+
+
+class EvalConfig(Section):
+    """Evaluation on held-out rows during training."""
+
+    eval_steps: PositiveInt | None = Field(None, description="Evaluate every so many steps; at the end in any case.")
+    eval_on_start: bool = True
+    per_device_eval_batch_size: PositiveInt = 4
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="Stop after so many evaluations in a row without improvement."
+    )
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    load_best_model_at_end: bool = Field(False, description="The final adapter is the one of the best evaluation.")
+    sample_prompts: NonNegativeInt = Field(0, description="Held-out prompts answered before and after training.")
+    sample_max_new_tokens: PositiveInt = 64
+
+
+class CheckpointConfig(Section):
+    """When a checkpoint is made and how long it is kept."""
+
+    save_steps: PositiveInt = Field(100, description="A checkpoint every so many steps, and one at the end.")
+    keep_last: PositiveInt = 3
+    keep_best: NonNegativeInt = Field(1, description="Beside the last ones, keep so many of the lowest eval loss.")
+
+
+class ShardConfig(Section):
+    """How training state is spread over workers."""
+
+    strategy: Literal["auto", "none", "ddp"] = Field("auto", description="`auto`: none for one worker, else ddp.")
+
+
+class LaunchConfig(Section):
+    """Who starts the workers, and where."""
+
+    backend: Literal["ray", "torchrun", "none"] = "ray"
+    num_workers: PositiveInt = 1
+    address: str | None = Field(None, description="Ray cluster to join; a local one is started where unset.")
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    cpus_per_worker: PositiveInt = 1
+    max_restarts: NonNegativeInt = Field(3, description="Restarts of a failed worker group from the last checkpoint.")
+    collective_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="A worker that keeps the others waiting so long is named and the run restarts."
+    )
+    start_timeout_s: Annotated[float, Field(gt=0)] = Field(300.0, description="For the worker group to start.")
+
+
+class RunConfig(Section):
+    """Everything a run needs, from one YAML file and dotted overrides."""
+
+    name: str = Field("qlora", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="The run's name.")
+    output_dir: Path | None = Field(None, description="The run folder; `runs/NAME` where unset.")
+    seed: NonNegativeInt = 42
+    resume: str = Field("auto", description="`auto` (from the last good checkpoint, if any), `none`, or a path.")
+    model: ModelConfig
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    data: DataConfig
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    shard: ShardConfig = Field(default_factory=ShardConfig)
+    launch: LaunchConfig = Field(default_factory=LaunchConfig)

@@ -1,5 +1,6 @@
 """The configuration of a run: one pydantic model a section, in the words of transformers and PEFT."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -90,9 +91,7 @@ class TrainConfig(Section):
     lr_scheduler_type: ScheduleName = "cosine"
     warmup_steps: NonNegativeInt = 0
     warmup_ratio: Fraction = Field(0.0, description="Share of all steps; excludes warmup_steps.")
-    optim: OptimName = Field(
-        "paged_adamw_8bit", description="The paged ones run unpaged on a CPU."
-    )
+    optim: OptimName = Field("paged_adamw_8bit", description="The paged ones run unpaged on a CPU.")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -148,7 +147,10 @@ class LaunchConfig(Section):
 
 
 class RunConfig(Section):
-    """Everything a run needs, from one YAML file and dotted overrides."""
+    """Everything a run needs, from one YAML file and dotted overrides.
+
+    Values that contradict each other are refused here, so that nothing starts which cannot end well.
+    """
 
     name: str = Field("qlora", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="The run's name.")
     output_dir: Path | None = Field(None, description="The run folder; `runs/NAME` where unset.")
@@ -162,3 +164,80 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     shard: ShardConfig = Field(default_factory=ShardConfig)
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> "RunConfig":
+        for problem in contradictions(self):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder: `output_dir`, or `runs/NAME`."""
+        return self.output_dir or Path("runs") / self.name
+
+    @property
+    def global_batch_size(self) -> int:
+        """Packs an optimizer step, over all workers and micro-batches."""
+        train = self.train
+        if train.global_batch_size is not None:
+            return train.global_batch_size
+        return train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * self.launch.num_workers
+
+    @property
+    def strategy(self) -> Literal["none", "ddp"]:
+        """The strategy that `shard.strategy: auto` stands for."""
+        if self.shard.strategy != "auto":
+            return self.shard.strategy
+        return "none" if self.launch.num_workers == 1 else "ddp"
+
+
+def contradictions(config: RunConfig) -> Iterator[str]:
+    """Sentences for the values that cannot hold together, each naming the fields and the mend."""
+    train, data, evaluation, launch, adapter = config.train, config.data, config.eval, config.launch, config.adapter
+    workers = launch.num_workers
+    if train.max_steps is not None and train.num_train_epochs is not None:
+        yield "train.max_steps and train.num_train_epochs are both set; remove one of them"
+    if train.warmup_steps and train.warmup_ratio:
+        yield "train.warmup_steps and train.warmup_ratio are both set; remove one of them"
+    if train.max_steps is not None and train.warmup_steps > train.max_steps:
+        yield (
+            f"train.warmup_steps ({train.warmup_steps}) is more than train.max_steps ({train.max_steps}); "
+            "the learning rate would never reach its peak, so lower it"
+        )
+    if train.global_batch_size is not None and train.gradient_accumulation_steps is not None:
+        product = train.per_device_train_batch_size * train.gradient_accumulation_steps * workers
+        if product != train.global_batch_size:
+            yield (
+                f"train.global_batch_size is {train.global_batch_size}, but train.per_device_train_batch_size x "
+                f"train.gradient_accumulation_steps x launch.num_workers is {product}; "
+                "remove train.gradient_accumulation_steps, which follows from the other two"
+            )
+    if train.per_device_train_batch_size > config.global_batch_size:
+        yield (
+            f"train.per_device_train_batch_size ({train.per_device_train_batch_size}) is more than "
+            f"train.global_batch_size ({config.global_batch_size}); lower the first or raise the second"
+        )
+    if data.eval is not None and data.eval_split:
+        yield "data.eval and data.eval_split are both set; remove one of them"
+    if data.eval_split > 1 and data.eval_split != int(data.eval_split):
+        yield f"data.eval_split is {data.eval_split}; give a share below 1 or a whole number of rows"
+    if data.eval is None and not data.eval_split:
+        for field in ("eval_steps", "early_stopping_patience", "load_best_model_at_end", "sample_prompts"):
+            if getattr(evaluation, field):
+                yield f"eval.{field} is set but there are no held-out rows; set data.eval or data.eval_split"
+    for field in ("early_stopping_patience", "load_best_model_at_end"):
+        if getattr(evaluation, field) and evaluation.eval_steps is None:
+            yield f"eval.{field} needs evaluations during training; set eval.eval_steps"
+    if evaluation.load_best_model_at_end and config.checkpoint.keep_best == 0:
+        yield "eval.load_best_model_at_end needs the best checkpoint; set checkpoint.keep_best to 1 or more"
+    if adapter.path is not None:
+        for name, info in AdapterConfig.model_fields.items():
+            if name != "path" and getattr(adapter, name) != info.default:
+                yield f"adapter.path brings its own shape, so adapter.{name} would be ignored; remove one of them"
+    if workers > 1 and config.shard.strategy == "none":
+        yield f"shard.strategy is none but launch.num_workers is {workers}; set shard.strategy to ddp or auto"
+    if workers > 1 and launch.backend == "none":
+        yield f"launch.backend is none but launch.num_workers is {workers}; set launch.backend to ray or torchrun"
+    if launch.address is not None and launch.backend != "ray":
+        yield f"launch.address is for Ray but launch.backend is {launch.backend}; remove one of them"

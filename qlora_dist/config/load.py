@@ -1,0 +1,225 @@
+"""From a YAML file and dotted overrides to one validated RunConfig; every mistake becomes one sentence."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from qlora_dist.config.errors import UserError
+from qlora_dist.config.schema import RunConfig
+
+Location = tuple[str | int, ...]
+# What people who come from axolotl, TRL or PEFT write, and our name for it.
+SYNONYMS = {
+    "base_model": "model.name",
+    "model_name_or_path": "model.name",
+    "lora_r": "adapter.r",
+    "lora_target_modules": "adapter.target_modules",
+    "datasets": "data.train",
+    "sequence_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "val_set_size": "data.eval_split",
+    "micro_batch_size": "train.per_device_train_batch_size",
+    "num_epochs": "train.num_train_epochs",
+    "optimizer": "train.optim",
+    "lr": "train.learning_rate",
+    "lr_scheduler": "train.lr_scheduler_type",
+    "save_total_limit": "checkpoint.keep_last",
+    "resume_from_checkpoint": "resume",
+}
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read `path`, apply `overrides` (each `section.field=value`, the value read as YAML) and validate.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, a key is unknown, a value is wrong, or two contradict.
+    """
+    path = Path(path)
+    values, lines = _read_yaml(path)
+    sources = {location: f"{path}, line {line}" for location, line in lines.items()}
+    for override in overrides:
+        location = _apply_override(values, override)
+        sources[location] = f"given as {override}"
+    return validate(values, sources, str(path))
+
+
+def validate(values: dict[str, Any], sources: dict[Location, str] | None = None, origin: str = "config") -> RunConfig:
+    """Validate a plain mapping; `sources` says where each location was written, for the error's sentence.
+
+    Raises:
+        UserError: for the first mistake, in one sentence.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_sentence(error.errors(include_url=False), sources or {}, origin)) from None
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The configuration as YAML, every field present, in the schema's order; loading it gives the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def from_yaml(text: str, origin: str = "config.yaml") -> RunConfig:
+    """Validate what `to_yaml` wrote.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    return validate(yaml.safe_load(text), origin=origin)
+
+
+class _LineLoader(yaml.SafeLoader):
+    """A SafeLoader that refuses a key written twice, which YAML would silently let win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is written twice; remove one", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file"
+        raise UserError(f"{path}: there is no such file; {hint}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; give the path of a YAML file in it") from None
+    except (PermissionError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); it must be a readable UTF-8 YAML file") from None
+    loader = _LineLoader(text)
+    try:
+        node = loader.get_single_node()
+        values = loader.construct_document(node) if node is not None else None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        what = getattr(error, "problem", None) or "not valid YAML"
+        raise UserError(f"{where}: {what}; mend the YAML there") from None
+    finally:
+        loader.dispose()
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no settings; write a mapping such as 'model: {{name: ...}}'")
+    return values, dict(_key_lines(node, ()))
+
+
+def _key_lines(node: yaml.Node | None, prefix: Location) -> Iterator[tuple[Location, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            location = (*prefix, key.value)
+            yield location, key.start_mark.line + 1
+            yield from _key_lines(value, location)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> Location:
+    name, equals, text = override.partition("=")
+    keys = name.split(".")
+    if not equals or not all(keys):
+        raise UserError(f"{override!r} is no override; write section.field=value, such as train.max_steps=50")
+    try:
+        value = yaml.safe_load(text) if text.strip() else None
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: the value is not valid YAML; quote it") from None
+    for depth, key in enumerate(keys[:-1]):
+        inner = values.setdefault(key, {})
+        if inner is None:
+            inner = values[key] = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"{override!r}: {'.'.join(keys[: depth + 1])} is a value, not a section; name its field")
+        values = inner
+    values[keys[-1]] = value
+    return tuple(keys)
+
+
+def _sentence(errors: Sequence[Any], sources: dict[Location, str], origin: str) -> str:
+    error = errors[0]
+    location = _location(error)
+    dotted = ".".join(str(part) for part in location)
+    where = sources.get(location) or next(
+        (sources[location[:n]] for n in range(len(location) - 1, 0, -1) if location[:n] in sources), origin
+    )
+    kind, given = error["type"], error.get("input")
+    if kind == "extra_forbidden":
+        return f"{dotted} is not a setting ({where}); {_nearest(location)}"
+    if kind == "missing":
+        return f"{dotted} is missing ({origin}); add it"
+    if kind == "value_error" and not location:
+        return str(error["ctx"]["error"])
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{dotted or 'the file'} is a section ({where}); write its fields below it, each on a line of its own"
+    branches = [_demand(other) for other in errors if _location(other) == location]
+    return f"{dotted} is {_shown(given)} ({where}); it must be {' or '.join(dict.fromkeys(branches))}"
+
+
+def _location(error: Any) -> Location:
+    return tuple(part for part in error["loc"] if not _is_union_branch(part))
+
+
+def _demand(error: Any) -> str:
+    plain = {"bool": "true or false", "int": "a whole number", "float": "a number", "string": "text", "list": "a list"}
+    if error["type"] == "string_pattern_mismatch":
+        return "letters, digits, dots, dashes and underscores, beginning with a letter or digit"
+    family = error["type"].partition("_")[0]
+    if error["type"].endswith(("_type", "_parsing")) and family in plain:
+        return plain[family]
+    return str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+
+
+def _shown(value: object) -> str:
+    text = "empty" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _is_union_branch(part: str | int) -> bool:
+    return isinstance(part, str) and (part in ("str", "int", "bool", "float") or "[" in part)
+
+
+def _section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+    field = model.model_fields.get(key)
+    if field is None:
+        return None
+    for candidate in (field.annotation, *get_args(field.annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _nearest(location: Location) -> str:
+    section: type[BaseModel] = RunConfig
+    for part in location[:-1]:
+        section = _section(section, str(part)) or section
+    unknown, prefix = str(location[-1]), ".".join(str(part) for part in location[:-1])
+    here = difflib.get_close_matches(unknown, section.model_fields, n=1, cutoff=0.75)
+    every = {name.rpartition(".")[2]: name for name in setting_names()} | SYNONYMS
+    if here:
+        return f"did you mean {prefix + '.' if prefix else ''}{here[0]}?"
+    if unknown in every:
+        return f"did you mean {every[unknown]}?"
+    near = difflib.get_close_matches(unknown, section.model_fields, n=1, cutoff=0.5)
+    anywhere = difflib.get_close_matches(unknown, every, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {prefix + '.' if prefix else ''}{near[0]}?"
+    if anywhere:
+        return f"did you mean {every[anywhere[0]]}?"
+    return f"the settings there are {', '.join(section.model_fields)}"
+
+
+def setting_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """The dotted names of all settings, in the schema's order."""
+    names = []
+    for key in model.model_fields:
+        section = _section(model, key)
+        names += setting_names(section, f"{prefix}{key}.") if section else [prefix + key]
+    return names

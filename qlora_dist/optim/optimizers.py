@@ -1,0 +1,128 @@
+"""Optimizers by transformers' names, over named parameters; their state by parameter name."""
+
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from qlora_dist.config.errors import UserError
+from qlora_dist.config.schema import TrainConfig
+
+# Lookup tables of bitsandbytes' 8-bit format: constants that every fresh state brings again.
+CONSTANT_KEYS = frozenset({"qmap1", "qmap2"})
+
+
+def build_optimizer(
+    parameters: dict[str, nn.Parameter], config: TrainConfig, notice: Callable[[str], None] = print
+) -> Optimizer:
+    """The optimizer that `train.optim` names, over `parameters` in their order.
+
+    Paged optimizers keep state in memory that can leave a GPU under pressure. A CPU has no such thing: there they
+    run unpaged, and `notice` is told so.
+    """
+    device = next(iter(parameters.values())).device
+    betas = (config.adam_beta1, config.adam_beta2)
+    adam: dict[str, Any] = dict(
+        lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, weight_decay=config.weight_decay
+    )
+    name: str = config.optim
+    if name.startswith("paged_") and device.type != "cuda":
+        unpaged = name.removeprefix("paged_")
+        notice(f"train.optim: {name} runs as {unpaged} on a {device.type.upper()}, which has no memory to page from")
+        name = unpaged
+    trained = list(parameters.values())
+    match name:
+        case "paged_adamw_8bit":
+            return bnb.optim.PagedAdamW8bit(trained, **adam)
+        case "adamw_8bit":
+            return bnb.optim.AdamW8bit(trained, **adam)
+        case "paged_adamw_32bit":
+            return bnb.optim.PagedAdamW32bit(trained, **adam)
+        case "adamw_32bit":
+            return bnb.optim.AdamW32bit(trained, **adam)
+        case "adamw_torch":
+            return torch.optim.AdamW(trained, **adam)
+        case "sgd":
+            return torch.optim.SGD(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    raise ValueError(f"unknown optimizer {name}")
+
+
+def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
+    """Use `learning_rate` for the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def optimizer_state(
+    optimizer: Optimizer, parameters: dict[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The state as tensors and numbers, each under `PARAMETER|KEY`; lookup tables that never change are left out."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, float] = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if key in CONSTANT_KEYS or value is None:
+                continue
+            (tensors if isinstance(value, Tensor) else numbers)[f"{name}|{key}"] = value
+    return tensors, numbers
+
+
+def load_optimizer_state(
+    optimizer: Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], numbers: dict[str, float]
+) -> None:
+    """Put back what `optimizer_state` gave, bit for bit, paged buffers included.
+
+    Raises:
+        UserError: the state is another optimizer's or another adapter's.
+    """
+    stored: dict[str, dict[str, Any]] = {name: {} for name in parameters}
+    for full_name, value in (*tensors.items(), *numbers.items()):
+        name, _, key = full_name.rpartition("|")
+        if name not in stored:
+            raise UserError(
+                f"the checkpoint holds optimizer state of {name}, which this adapter does not train; "
+                "resume with the adapter settings of the checkpoint"
+            )
+        stored[name][key] = value
+    for index, (name, parameter) in enumerate(parameters.items()):
+        if not stored[name]:
+            continue
+        if isinstance(optimizer, bnb.optim.optimizer.Optimizer8bit):
+            _load_into_bitsandbytes(optimizer, name, parameter, index, stored[name])
+        else:
+            if "state1" in stored[name]:
+                raise _other_optimizer(name)
+            optimizer.state[parameter] = {
+                key: value.clone() if isinstance(value, Tensor) and value.dim() == 0 else _like(value, parameter)
+                for key, value in stored[name].items()
+            }
+
+
+def _load_into_bitsandbytes(
+    optimizer: Any, name: str, parameter: nn.Parameter, index: int, stored: dict[str, Any]
+) -> None:
+    optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
+    state = optimizer.state[parameter]
+    if stored.keys() != state.keys() - CONSTANT_KEYS:
+        raise _other_optimizer(name)
+    for key, value in stored.items():
+        if not isinstance(value, Tensor):
+            state[key] = int(value)
+        elif value.dtype != state[key].dtype or value.shape != state[key].shape:
+            raise _other_optimizer(name)
+        else:
+            state[key].copy_(value)
+
+
+def _like(value: Any, parameter: nn.Parameter) -> Any:
+    return value.to(parameter.device).clone() if isinstance(value, Tensor) else value
+
+
+def _other_optimizer(name: str) -> UserError:
+    return UserError(
+        f"the checkpoint's optimizer state of {name} has another format; set train.optim to what the checkpoint's "
+        "config.yaml says, or start a new output_dir"
+    )

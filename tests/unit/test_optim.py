@@ -1,0 +1,102 @@
+"""Optimizer state survives a round trip bit for bit; schedules are transformers'."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from qlora_dist.config.errors import UserError
+from qlora_dist.config.schema import TrainConfig
+from qlora_dist.optim.optimizers import build_optimizer, load_optimizer_state, optimizer_state, set_learning_rate
+from qlora_dist.optim.schedules import build_schedule
+
+OPTIMS = ["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch", "sgd"]
+
+
+def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    # One above and one below the 4,096 elements from which bitsandbytes keeps 8-bit state.
+    return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in
+            {"large": (64, 96), "small": (10,)}.items()}  # fmt: skip
+
+
+def take_steps(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in named.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("optim", OPTIMS)
+def test_resumed_steps_equal_uninterrupted_ones_exactly(optim: str) -> None:
+    config = TrainConfig(optim=optim, learning_rate=1e-2, weight_decay=0.01)
+    whole = parameters()
+    take_steps(build_optimizer(whole, config), whole, range(6))
+
+    first = parameters()
+    before = build_optimizer(first, config)
+    take_steps(before, first, range(3))
+    tensors, numbers = optimizer_state(before, first)
+    second = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in first.items()}
+    after = build_optimizer(second, config)
+    load_optimizer_state(after, second, {k: v.clone() for k, v in tensors.items()}, numbers)
+    take_steps(after, second, range(3, 6))
+
+    for name, parameter in whole.items():
+        assert torch.equal(parameter, second[name]), name
+
+
+def test_without_its_state_a_resumed_adam_differs() -> None:
+    """The control of the test above: dropping the state is seen."""
+    config = TrainConfig(optim="adamw_8bit", learning_rate=1e-2)
+    whole = parameters()
+    take_steps(build_optimizer(whole, config), whole, range(6))
+    first = parameters()
+    take_steps(build_optimizer(first, config), first, range(3))
+    take_steps(build_optimizer(first, config), first, range(3, 6))
+    assert not torch.equal(whole["large"], first["large"])
+
+
+def test_8bit_state_is_8bit_and_paged_ones_say_once_that_a_cpu_cannot_page() -> None:
+    notices: list[str] = []
+    named = parameters()
+    optimizer = build_optimizer(named, TrainConfig(optim="paged_adamw_8bit"), notices.append)
+    take_steps(optimizer, named, range(1))
+    assert optimizer.state[named["large"]]["state1"].dtype == torch.uint8
+    assert optimizer.state[named["small"]]["state1"].dtype == torch.float32
+    assert notices == ["train.optim: paged_adamw_8bit runs as adamw_8bit on a CPU, which has no memory to page from"]
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("adamw_8bit", "adamw_torch"), ("adamw_torch", "adamw_8bit"),
+                                               ("paged_adamw_32bit", "adamw_8bit")])  # fmt: skip
+def test_state_of_another_optimizer_is_refused(saved: str, loaded: str) -> None:
+    named = parameters()
+    optimizer = build_optimizer(named, TrainConfig(optim=saved))
+    take_steps(optimizer, named, range(1))
+    tensors, numbers = optimizer_state(optimizer, named)
+    with pytest.raises(UserError, match=r"set train\.optim to what the checkpoint"):
+        load_optimizer_state(build_optimizer(named, TrainConfig(optim=loaded)), named, tensors, numbers)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
+                                  "constant_with_warmup", "inverse_sqrt"])  # fmt: skip
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_schedules_are_transformers_own(name: str, warmup: int) -> None:
+    config = TrainConfig(lr_scheduler_type=name, warmup_steps=warmup, learning_rate=3e-4)
+    rate = build_schedule(config, 20)
+    optimizer = torch.optim.SGD(parameters().values(), lr=3e-4)
+    scheduler = get_scheduler(name, optimizer, warmup, 20)
+    ours = build_optimizer(parameters(), config)
+    for step in range(20):
+        set_learning_rate(ours, rate(step))
+        assert ours.param_groups[0]["lr"] == scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+
+
+def test_warmup_ratio_counts_all_steps() -> None:
+    rate = build_schedule(
+        TrainConfig(warmup_ratio=0.25, learning_rate=1.0, lr_scheduler_type="constant_with_warmup"), 20
+    )
+    assert [rate(step) for step in (0, 1, 5)] == [0.0, 0.2, 1.0]

@@ -1,0 +1,219 @@
+"""The frozen base model on its device, in NF4 or in the compute dtype, and its tokenizer."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora_dist.config.errors import UserError
+from qlora_dist.config.schema import ModelConfig
+from qlora_dist.model.folders import folder_lock, publish_folder
+from qlora_dist.model.gguf import SOURCE_FILE
+from qlora_dist.model.quiet import mute_known_chatter, quiet_libraries
+from qlora_dist.model.resolve import is_hub_id
+from qlora_dist.model.weights import base_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+STAMP_FILE = "quantized_cache.json"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype of activations and of unquantised weights; `auto` as the schema says.
+
+    Raises:
+        UserError: bf16 is asked of a GPU that lacks it.
+    """
+    has_bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if config.compute_dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16 if has_bf16 else torch.float16
+    if config.compute_dtype == "bf16" and not has_bf16:
+        raise UserError(
+            f"model.compute_dtype: {torch.cuda.get_device_name(device)} has no bf16; set it to auto or fp16."
+        )
+    return DTYPES[config.compute_dtype]
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """The tokenizer in `folder`, with a pad token that was in its vocabulary before.
+
+    The pad token is the tokenizer's own, else the unknown token (training text never predicts it), else the
+    end-of-sequence token (the loss mask, not the token id, says what is padding). The vocabulary never grows, so the
+    embeddings fit.
+
+    Raises:
+        UserError: there is no tokenizer, or none of the three tokens.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_libraries():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{folder} has no tokenizer that loads ({reason}); add its tokenizer files.") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{folder}/tokenizer_config.json names no pad, unk or eos token; set pad_token in it.")
+    return tokenizer
+
+
+def load_base(config: ModelConfig, folder: Path, device: torch.device) -> "PreTrainedModel":
+    """The base model on `device`, frozen, without a key-value cache, in evaluation mode.
+
+    With `quantization: nf4`, linear layers are bitsandbytes `Linear4bit`; embeddings and `lm_head` keep the compute
+    dtype. With `cache_quantized`, the quantised model is read from that folder, which the first process to need it
+    writes (the others wait).
+
+    Raises:
+        UserError: the cache is damaged or another base's or setting's; the base comes quantised in another way; the
+            attention implementation is missing; it does not fit into the GPU's memory.
+    """
+    _check_attention(config, device)
+    dtype = compute_dtype(config, device)
+    own_quantization = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    if own_quantization:
+        _check_own_quantization(config, folder, own_quantization)
+        model = _from_folder(config, folder, device, dtype, quantize=False)
+    elif config.quantization == "nf4" and config.cache_quantized is not None:
+        model = _through_cache(config, folder, device, dtype)
+    else:
+        model = _from_folder(config, folder, device, dtype, quantize=config.quantization == "nf4")
+    if device.type == "cpu":
+        keep_exact_cpu_kernels(model)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    model.name_or_path = model.config._name_or_path = config.name if is_loaded_from_hub(config) else str(folder)
+    return model
+
+
+def is_loaded_from_hub(config: ModelConfig) -> bool:
+    """Whether `model.name` is a hub id and no local folder of that name hides it."""
+    return is_hub_id(config.name) and not Path(config.name).is_dir()
+
+
+def keep_exact_cpu_kernels(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking NF4 weights in evaluation on CPUs with AVX512-BF16.
+
+    Its repacked layers compute in bf16 whatever the compute dtype and, from the first evaluation on, pass no gradient
+    to their input (`gemv_4bit` has no backward), so that training after an evaluation would go wrong silently.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _from_folder(
+    config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype, quantize: bool
+) -> "PreTrainedModel":
+    mute_known_chatter()
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=config.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    try:
+        with quiet_libraries():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map={"": device},
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=True,
+                **({"quantization_config": nf4} if quantize else {}),
+            )
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"model.name: {config.name} does not fit into the memory of {device}; "
+            "use model.quantization=nf4, a smaller model, or a GPU with more memory."
+        ) from error
+    for module in model.modules():
+        # A folder that was quantised elsewhere brings the compute dtype of its writer.
+        if hasattr(module, "quant_state") and hasattr(module, "compute_dtype"):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+    return model
+
+
+def _through_cache(config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> "PreTrainedModel":
+    assert config.cache_quantized is not None
+    cache = config.cache_quantized.expanduser().absolute()
+    settings = {
+        "base": base_fingerprint(folder),
+        "quantization": config.quantization,
+        "double_quant": config.double_quant,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if not _holds_anything(cache):
+        with folder_lock(cache):
+            if not _holds_anything(cache):
+                model = _from_folder(config, folder, device, dtype, quantize=True)
+                if publish_folder(cache, lambda partial: _write_cache(model, config, folder, partial, settings)):
+                    return model
+    _check_cache(cache, settings)
+    return _from_folder(config, cache, device, dtype, quantize=False)
+
+
+def _write_cache(
+    model: "PreTrainedModel", config: ModelConfig, folder: Path, partial: Path, settings: dict[str, Any]
+) -> None:
+    with quiet_libraries():
+        model.save_pretrained(partial)
+    load_tokenizer(folder, config.trust_remote_code).save_pretrained(partial)
+    if (folder / SOURCE_FILE).is_file():
+        (partial / SOURCE_FILE).write_bytes((folder / SOURCE_FILE).read_bytes())
+    files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+    (partial / STAMP_FILE).write_text(json.dumps({"settings": settings, "files": files}, indent=2) + "\n")
+
+
+def _holds_anything(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _check_cache(cache: Path, settings: dict[str, Any]) -> None:
+    mend = "delete that folder or name another one"
+    if not (cache / STAMP_FILE).is_file():
+        raise UserError(f"model.cache_quantized: {cache} holds something else than a quantised base; {mend}.")
+    stamp = json.loads((cache / STAMP_FILE).read_text())
+    for name, size in stamp["files"].items():
+        if not (cache / name).is_file() or (cache / name).stat().st_size != size:
+            raise UserError(f"model.cache_quantized: {cache}/{name} is missing or damaged; {mend}.")
+    for key, wanted in settings.items():
+        found = stamp["settings"].get(key)
+        if found != wanted:
+            detail = "it was made from another base model" if key == "base" else f"its {key} is {found}, not {wanted}"
+            raise UserError(f"model.cache_quantized: {cache} does not belong to this run, {detail}; {mend}.")
+
+
+def _check_own_quantization(config: ModelConfig, folder: Path, own: dict[str, Any]) -> None:
+    kind = own.get("bnb_4bit_quant_type") if own.get("load_in_4bit") else own.get("quant_method")
+    if config.quantization == "none" or kind != "nf4":
+        raise UserError(
+            f"model.name: {folder} is already quantised ({kind}), which does not go with model.quantization="
+            f"{config.quantization}; choose an unquantised base or a bitsandbytes NF4 one with quantization=nf4."
+        )
+    if own.get("bnb_4bit_use_double_quant", False) != config.double_quant:
+        raise UserError(
+            f"model.double_quant: {folder} is already quantised with double_quant={not config.double_quant}; "
+            "set the same."
+        )
+    if config.cache_quantized is not None:
+        raise UserError(f"model.cache_quantized: {folder} is already quantised and needs no cache; leave it out.")
+
+
+def _check_attention(config: ModelConfig, device: torch.device) -> None:
+    from transformers.utils import is_flash_attn_2_available
+
+    if config.attn_implementation == "flash_attention_2" and not (
+        device.type == "cuda" and is_flash_attn_2_available()
+    ):
+        raise UserError(
+            "model.attn_implementation: flash_attention_2 needs a CUDA GPU and the flash-attn package; set it to sdpa."
+        )

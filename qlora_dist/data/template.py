@@ -97,7 +97,8 @@ def _chat_template(conversations: Sequence[Conversation], tokenizer: PreTrainedT
     if chat is not None:
         raise UserError(
             f"model.name: the tokenizer of {tokenizer.name_or_path} has no chat template, which "
-            f"{chat.row.where} needs; use the instruct version of the model, or data with `prompt` and `completion` as strings."
+            f"{chat.row.where} needs; use the instruct version of the model, or data with `prompt` "
+            "and `completion` as strings."
         )
     return None
 

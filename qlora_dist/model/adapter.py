@@ -229,7 +229,8 @@ def _read_adapter_folder(folder: Path) -> tuple["LoraConfig", dict[str, torch.Te
         )
     lora = LoraConfig.from_pretrained(str(folder))
     lora.inference_mode = False
-    return lora, state
+    # PEFT adds the frozen embedding itself where it was a target; the base brings it already.
+    return lora, {name: tensor for name, tensor in state.items() if ".base_layer." not in name}
 
 
 def _check_module_names(model: nn.Module, lora: "LoraConfig", origin: str) -> None:
@@ -244,7 +245,8 @@ def _check_module_names(model: nn.Module, lora: "LoraConfig", origin: str) -> No
             ) from error
         if not matched:
             raise UserError(
-                f"{origin}: target_modules {targets!r} matches no module in full; nearest are {_nearest(targets, names)}."
+                f"{origin}: target_modules {targets!r} matches no module in full; "
+                f"nearest are {_nearest(targets, names)}."
             )
     listed = [] if targets is None or isinstance(targets, str) else sorted(targets)
     for field, wanted in (("target_modules", listed), ("modules_to_save", lora.modules_to_save or [])):
@@ -275,9 +277,8 @@ def _bridge_dtypes(adapted: "PeftModel", dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         return
     head = adapted.get_base_model().get_output_embeddings()
-    for module in list(adapted.modules()):
-        if not isinstance(module, ModulesToSaveWrapper):
-            continue
+    wrappers: list[Any] = [module for module in adapted.modules() if isinstance(module, ModulesToSaveWrapper)]
+    for module in wrappers:
         trained = module.modules_to_save[ADAPTER]
         trained.register_forward_pre_hook(_inputs_to_fp32)
         if module is not head:

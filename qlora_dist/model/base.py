@@ -102,9 +102,15 @@ def keep_exact_cpu_kernels(model: torch.nn.Module) -> None:
     Its repacked layers compute in bf16 whatever the compute dtype and, from the first evaluation on, pass no gradient
     to their input (`gemv_4bit` has no backward), so that training after an evaluation would go wrong silently.
     """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    for module in linear4bit_layers(model):
+        module.support_avx512bf16_for_cpu = False
+
+
+def linear4bit_layers(model: torch.nn.Module) -> list[Any]:
+    """The bitsandbytes `Linear4bit` layers of `model`, in its order."""
+    from bitsandbytes.nn import Linear4bit
+
+    return [module for module in model.modules() if isinstance(module, Linear4bit)]
 
 
 def _from_folder(
@@ -135,10 +141,9 @@ def _from_folder(
             f"model.name: {config.name} does not fit into the memory of {device}; "
             "use model.quantization=nf4, a smaller model, or a GPU with more memory."
         ) from error
-    for module in model.modules():
-        # A folder that was quantised elsewhere brings the compute dtype of its writer.
-        if hasattr(module, "quant_state") and hasattr(module, "compute_dtype"):
-            module.compute_dtype, module.compute_type_is_set = dtype, True
+    # A folder that was quantised elsewhere brings the compute dtype of its writer.
+    for module in linear4bit_layers(model):
+        module.compute_dtype, module.compute_type_is_set = dtype, True
     return model
 
 

@@ -75,10 +75,9 @@ def convert_gguf(gguf_file: Path, folder: Path, checksum: str | None = None) -> 
     fields = {name: field.contents() for name, field in reader.fields.items()}
     config = _llama_config(gguf_file, fields, {tensor.name for tensor in reader.tensors})
     tokenizer = _byte_level_tokenizer(gguf_file, fields)
-    weights = {
-        name: weight.to(torch.bfloat16)
-        for name, weight in dequantize(reader, config.num_attention_heads, config.num_key_value_heads).items()
-    }
+    num_heads = config.num_attention_heads
+    weights = dequantize(reader, num_heads, config.num_key_value_heads or num_heads)
+    weights = {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     GenerationConfig(
@@ -213,9 +212,8 @@ def _byte_level_tokenizer(gguf_file: Path, fields: dict[str, Any]) -> "PreTraine
     )
     backend.decoder = decoders.ByteLevel()
     types = fields.get("tokenizer.ggml.token_type") or []
-    backend.add_special_tokens(
-        [AddedToken(token, normalized=False) for token, t in zip(tokens, types, strict=False) if t == CONTROL_TOKEN]
-    )
+    control = [token for token, t in zip(tokens, types, strict=False) if t == CONTROL_TOKEN]
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in control])
     backend.add_tokens(
         [
             AddedToken(token, normalized=False)

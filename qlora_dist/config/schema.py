@@ -113,7 +113,9 @@ class EvalConfig(Section):
     )
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
     load_best_model_at_end: bool = Field(False, description="The final adapter is the one of the best evaluation.")
-    sample_prompts: NonNegativeInt = Field(0, description="Held-out prompts answered before and after training.")
+    sample_prompts: Annotated[int, Field(ge=0, le=32)] = Field(
+        0, description="Held-out prompts answered before and after training."
+    )
     sample_max_new_tokens: PositiveInt = 64
 
 

@@ -35,6 +35,12 @@ class Conversation:
     first_loss_message: int = 0
     plain: bool = False
 
+    @property
+    def last_prompt(self) -> str:
+        """What the first answer that is learned answers."""
+        learned = (i for i, m in enumerate(self.messages) if i >= self.first_loss_message and m["role"] == "assistant")
+        return str(self.messages[max(0, next(learned, 1) - 1)]["content"])
+
 
 def detect_format(rows: Sequence[Row], name: FormatName | Literal["auto"] = "auto") -> FormatName:
     """The format of `rows`: `name` where it is not `auto`, else what the first row's keys say.

@@ -16,6 +16,7 @@ from qlora_dist.data.template import encode_conversations
 
 # Rows tokenised at once: enough for the tokenizer's threads, little enough that offsets (tuples) stay small.
 CHUNK_ROWS = 1024
+SHOWN_PROMPTS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +51,14 @@ class TokenTable:
         loss_mask: bool [tokens]; whether predicting this token bears loss, False at a document's first token.
         offsets: int64 [documents + 1]; document d is `offsets[d]:offsets[d + 1]`.
         summary: what became of the rows.
+        prompts: the last message before the answer, of the first documents, to show beside a model's answer.
     """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     offsets: np.ndarray
     summary: TokenSummary
+    prompts: tuple[str, ...] = ()
 
     @property
     def num_packs(self) -> int:
@@ -97,13 +100,15 @@ def build_table(
     """
     format_ = detect_format(rows, config.format)
     documents: list[tuple[np.ndarray, np.ndarray]] = []
+    prompts: list[str] = []
     dropped = {"too_long": 0, "no_loss": 0}
     truncated = 0
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = rows[start : start + CHUNK_ROWS]
         conversations = [to_conversation(row, format_) for row in chunk]
         encoded = encode_conversations(conversations, tokenizer, config.assistant_only_loss)
-        for row, (ids, mask) in zip(chunk, encoded, strict=True):
+        for conversation, (ids, mask) in zip(conversations, encoded, strict=True):
+            row = conversation.row
             too_long = len(ids) > config.max_length
             if too_long and config.too_long == "error":
                 raise UserError(
@@ -117,12 +122,14 @@ def build_table(
             else:
                 truncated += too_long
                 documents.append((ids[: config.max_length], mask[: config.max_length]))
+                if len(prompts) < SHOWN_PROMPTS:
+                    prompts.append(conversation.last_prompt)
     if not documents:
         raise UserError(
             f"data.{split}: no row is left of {len(rows)}, none has a token to learn within "
             f"data.max_length={config.max_length} tokens; raise data.max_length."
         )
-    return _table(documents, len(rows), truncated, dropped)
+    return _table(documents, len(rows), truncated, dropped, prompts)
 
 
 def prepare_data(
@@ -171,7 +178,11 @@ def split_rows(
 
 
 def _table(
-    documents: list[tuple[np.ndarray, np.ndarray]], num_rows: int, truncated: int, dropped: dict[str, int]
+    documents: list[tuple[np.ndarray, np.ndarray]],
+    num_rows: int,
+    truncated: int,
+    dropped: dict[str, int],
+    prompts: list[str],
 ) -> TokenTable:
     lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int64)
     loss_mask = np.concatenate([mask for _, mask in documents])
@@ -189,4 +200,5 @@ def _table(
         loss_mask=loss_mask,
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         summary=summary,
+        prompts=tuple(prompts),
     )

@@ -1,0 +1,122 @@
+"""Commands: parse, call, print."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qlora_dist import __version__
+from qlora_dist.config.errors import UserError
+from qlora_dist.config.load import load_config, to_yaml
+from qlora_dist.config.schema import RunConfig
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Distributed QLoRA fine-tuning.")
+config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
+app.add_typer(config_app, name="config")
+
+ConfigPath = Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.field=value, such as train.max_steps=50", show_default=False)
+]
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Fine-tune: run what CONFIG says; the same command again resumes it."""
+    from qlora_dist.cluster.launch import launch
+
+    raise typer.Exit(launch(load_config(config, overrides or [])))
+
+
+@config_app.command("show")
+def config_show(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print the resolved configuration as YAML."""
+    sys.stdout.write(to_yaml(load_config(config, overrides or [])))
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema, from which editors complete and check."""
+    print(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="The run folder.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+) -> None:
+    """Show how a run stands, from its run folder."""
+    from qlora_dist.coordinate.report import read_status
+
+    state = read_status(run)
+    if as_json:
+        print(json.dumps(state, indent=2))
+        return
+    show_status(state, Console())
+
+
+def show_status(state: dict[str, Any], console: Console) -> None:
+    """Print a status as a person reads it."""
+    console.print(state["sentence"], highlight=False, markup=False, soft_wrap=True)
+    if state.get("reason"):
+        console.print(f"why: {state['reason']}", highlight=False, markup=False, soft_wrap=True)
+    facts = []
+    if state.get("step") is not None:
+        facts.append(f"step {state['step']}" + (f" of {state['max_steps']}" if state.get("max_steps") else ""))
+    if state.get("loss") is not None:
+        facts.append(f"loss {state['loss']:.4f}")
+    if state.get("tokens_per_second"):
+        facts.append(f"{state['tokens_per_second']:,.0f} tokens/s")
+    if state.get("seconds_left"):
+        facts.append(f"{state['seconds_left'] / 60:.0f} min left")
+    if facts:
+        console.print(", ".join(facts), highlight=False)
+    last = state.get("last_checkpoint")
+    console.print(f"last checkpoint: {last['folder'] if last else 'none yet'}", highlight=False)
+    for restart in state.get("restarts", []):
+        console.print(
+            f"restarted after attempt {restart['generation']}: {restart['reason']}",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+    if state.get("ranks"):
+        table = Table("rank", "host", "pid", "step", "phase", "tokens/s", "memory", "heard of", box=None)
+        for rank in state["ranks"]:
+            speed, memory, age = rank.get("tokens_per_second"), rank.get("memory_bytes"), rank.get("age_s")
+            table.add_row(
+                str(rank["rank"]), rank["host"], str(rank["pid"]), _or_dash(rank.get("step")),
+                _or_dash(rank.get("phase")), f"{speed:,.0f}" if speed else "-",
+                f"{memory / 2**30:.1f} GiB" if memory else "-", f"{age:.0f} s ago" if age is not None else "-",
+            )  # fmt: skip
+        console.print(table)
+
+
+def _or_dash(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"qlora-dist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: a mistake that a person can mend is one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,63 @@
+"""The small interface behind which a strategy hides how training state is spread over workers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+OptimizerFactory = Callable[[dict[str, nn.Parameter]], Optimizer]
+
+
+@dataclass(frozen=True)
+class FullState:
+    """Everything that trains, unsharded, as one worker would hold it.
+
+    adapter: tensors under PEFT's names.
+    optimizer: tensors under `PARAMETER|KEY`.
+    optimizer_numbers: the state's plain numbers under the same kind of name.
+    """
+
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    optimizer_numbers: dict[str, float]
+
+
+class Strategy(Protocol):
+    """How one worker's backward passes become one step of all workers. The loop is the same over all of them."""
+
+    optimizer: Optimizer
+
+    def apply(self, model: nn.Module, make_optimizer: OptimizerFactory) -> nn.Module:
+        """Spread `model` as the strategy does, build its optimizer, and return the module to call."""
+
+    def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
+        """Add the gradients of `loss` (a scalar, this worker's share of the global loss).
+
+        With `last_micro_batch` the sum over the workers begins while the backward still runs.
+        """
+
+    def clip(self, max_norm: float, loss_scale: float) -> Tensor:
+        """Finish the sum over workers, divide by `loss_scale`, clip, and return the norm before clipping.
+
+        Args:
+            max_norm: 0 leaves the gradients as they are.
+        """
+
+    def step(self, skip: bool) -> None:
+        """Take the optimizer step, or leave it out, and clear the gradients."""
+
+    def full_state(self) -> FullState:
+        """The unsharded state, the same on every rank. All ranks call it together."""
+
+    def load_full_state(self, state: FullState) -> None:
+        """Take `state` up, whatever strategy and world size it was saved under."""
+
+
+def make_strategy(name: Literal["none", "ddp"]) -> Strategy:
+    """The strategy of that name; ddp needs an initialised process group."""
+    from qlora_dist.shard.ddp import DataParallel
+    from qlora_dist.shard.none import Unsharded
+
+    return {"none": Unsharded, "ddp": DataParallel}[name]()

@@ -1,0 +1,57 @@
+"""metrics.jsonl: one JSON object a line, the source that every other sink is fed from."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends records to a run's metrics.jsonl.
+
+    Opening it for an attempt that resumed at `resume_step` drops what earlier attempts wrote past that step, so that
+    each metric has one value a step. The file is replaced, not edited: a worker of an earlier attempt that wakes up
+    later goes on writing into the old file, which nobody reads.
+    """
+
+    def __init__(self, run_dir: Path, attempt: int, resume_step: int):
+        self.attempt = attempt
+        path = run_dir / FILE
+        replacement = path.with_suffix(".jsonl.new")
+        kept = [json.dumps(record) + "\n" for record in read_metrics(run_dir) if record["step"] <= resume_step]
+        with replacement.open("w", encoding="utf-8") as file:
+            file.writelines(kept if resume_step else [])
+            file.flush()
+            os.fsync(file.fileno())
+        replacement.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, **values: float | int | bool | None) -> None:
+        """Append one record; a value that is not finite becomes null, which JSON can hold."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, "attempt": self.attempt, **finite}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Write what is buffered through to the disk."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of a run in their order; a last line that was cut off by a kill is left out."""
+    path = run_dir / FILE
+    if not path.exists():
+        return []
+    return list(parse_lines(path.read_text(encoding="utf-8")))
+
+
+def parse_lines(text: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects of the complete lines of `text`."""
+    for line in text.splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)

@@ -1,0 +1,166 @@
+"""What a person sees while a run goes on: read from the run folder, so it is the same for every launcher."""
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from qlora_dist.track.metrics import FILE as METRICS_FILE
+
+POLL_S = 0.5
+PLAIN_LINES_EVERY_S = 10.0
+
+
+class Tail:
+    """The complete new lines of a file that grows, is replaced, or is not there yet."""
+
+    def __init__(self, path: Path, from_end: bool = False):
+        self.path, self.inode, self.offset = path, 0, 0
+        if from_end and path.exists():
+            stat = path.stat()
+            self.inode, self.offset = stat.st_ino, stat.st_size
+
+    def records(self) -> list[dict[str, Any]]:
+        """The JSON objects that were completed since the last call."""
+        try:
+            with self.path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self.inode:
+                    self.inode, self.offset = inode, 0
+                file.seek(self.offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        complete = data.rpartition(b"\n")[0]
+        self.offset += len(complete) + (1 if complete else 0)
+        return [json.loads(line) for line in complete.splitlines() if line]
+
+
+class View:
+    """Prints a run's events and metrics: a progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, run_dir: Path, console: Console):
+        self.console = console
+        self.events = Tail(run_dir / "events.jsonl", from_end=True)
+        self.metrics = Tail(run_dir / METRICS_FILE, from_end=True)
+        self.status = run_dir / "status.json"
+        self.max_steps: int | None = None
+        self.seen_step = -1
+        self.printed_step = -1
+        self.bar = Progress(
+            TextColumn("  step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[line]}"),
+            TimeRemainingColumn(compact=True), console=console, transient=True,
+        )  # fmt: skip
+        self.task: TaskID | None = None
+
+    def poll(self) -> None:
+        """Show what is new."""
+        for event in self.events.records():
+            self.show_event(event)
+        latest = None
+        for record in self.metrics.records():
+            if "eval_loss" in record:
+                self.show_evaluation(record)
+            elif record["step"] > self.seen_step:
+                self.seen_step, latest = record["step"], record
+        if latest is not None:
+            self.show_step(latest)
+
+    def show_event(self, event: dict[str, Any]) -> None:
+        """One line for an event a person wants to know of."""
+        kind = event["kind"]
+        if kind == "plan":
+            self.max_steps = event["max_steps"]
+        if kind in ("data", "plan", "model", "notice", "resumed"):
+            self.line(kind, event["message"])
+        elif kind == "generation":
+            self.seen_step = -1
+            where = ", ".join(f"{member['host']}:{member['pid']}" for member in event["members"])
+            self.line("start", f"attempt {event['generation']} on {len(event['members'])} worker(s): {where}")
+        elif kind == "committed":
+            self.line("saved", f"step {event['step']}: {event['folder']}")
+        elif kind == "failed" and event["failure"] == "error":
+            self.line("failed", f"rank {event['rank']}: {event['message']}", style="red")
+        elif kind == "restart":
+            verb = "restarting" if event["restart"] else "not restarting"
+            self.line("failed", f"{verb}: {event['reason']}", style="yellow")
+
+    def show_evaluation(self, record: dict[str, Any]) -> None:
+        """One line for a held-out loss."""
+        loss, perplexity = record["eval_loss"], record["eval_perplexity"]
+        if loss is None:
+            self.line("eval", f"step {record['step']}: held-out loss is not finite", style="red")
+        else:
+            shown = f", perplexity {perplexity:.2f}" if perplexity is not None and perplexity < 1e6 else ""
+            self.line("eval", f"step {record['step']}: held-out loss {loss:.4f}{shown}", style="cyan")
+
+    def show_step(self, record: dict[str, Any]) -> None:
+        """The progress of training."""
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+        memory = self.memory()
+        line = (
+            f"loss {loss}  {record['tokens_per_second']:,.0f} tokens/s  {record['seconds_per_step']:.2f} s/step"
+            f"  lr {record['learning_rate']:.2e}{f'  {memory}' if memory else ''}"
+        )
+        step = record["step"]
+        if self.console.is_terminal:
+            if self.task is None:
+                self.task = self.bar.add_task("", total=self.max_steps, line=line)
+                self.bar.start()
+            self.bar.update(self.task, completed=step, total=self.max_steps, line=line)
+            return
+        due = record["seconds_per_step"] * (step - self.printed_step) >= PLAIN_LINES_EVERY_S
+        if due or step == self.max_steps or step < self.printed_step:
+            left = ""
+            if self.max_steps:
+                left = f"  left {_clock((self.max_steps - step) * record['seconds_per_step'])}"
+            self.line("train", f"step {step}/{self.max_steps}  {line}{left}")
+            self.printed_step = step
+
+    def memory(self) -> str:
+        """The largest worker's memory."""
+        try:
+            ranks = json.loads(self.status.read_text()).get("ranks", [])
+        except (FileNotFoundError, json.JSONDecodeError):
+            return ""
+        used = max((rank.get("memory_bytes") or 0 for rank in ranks), default=0)
+        return f"{used / 2**30:.1f} GiB" if used else ""
+
+    def line(self, label: str, text: str, style: str = "") -> None:
+        """Print one line."""
+        self.console.print(f"[dim]{label:>8}[/dim]  ", end="", highlight=False)
+        self.console.print(text, style=style or None, highlight=False, markup=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+@contextmanager
+def watching(run_dir: Path, console: Console | None = None) -> Iterator[View]:
+    """Show the run in `run_dir` while the block runs."""
+    view = View(run_dir, console or Console())
+    done = threading.Event()
+
+    def follow() -> None:
+        while not done.wait(POLL_S):
+            view.poll()
+
+    thread = threading.Thread(target=follow, name="terminal", daemon=True)
+    thread.start()
+    try:
+        yield view
+    finally:
+        done.set()
+        thread.join()
+        view.poll()
+        if view.task is not None:
+            view.bar.stop()

@@ -1,0 +1,62 @@
+"""A worker's pulse: a thread that tells the coordinator every second where this rank is and how it does."""
+
+import threading
+import time
+from typing import Any
+
+import psutil
+import torch
+
+from qlora_dist.coordinate.client import CoordinatorClient
+from qlora_dist.coordinate.heard import HEARTBEAT_S, Phase
+
+
+class Heartbeat:
+    """Reports (step, phase, seconds in the phase, metrics) until stopped; a stopped process falls silent with it."""
+
+    def __init__(self, client: CoordinatorClient, generation: int, rank: int, device: torch.device):
+        self.client, self.generation, self.rank, self.device = client, generation, rank, device
+        self.step = 0
+        self.phase: Phase = "setup"
+        self.metrics: dict[str, Any] = {}
+        self._since = time.monotonic()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def at(self, step: int, phase: Phase) -> None:
+        """Note that this rank is now in `phase` of `step`."""
+        self.step, self.phase, self._since = step, phase, time.monotonic()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopped.set()
+        self._thread.join(timeout=5)
+
+    def _beat(self) -> None:
+        while not self._stopped.is_set():
+            self.beat()
+            self._stopped.wait(HEARTBEAT_S)
+
+    def beat(self) -> None:
+        """Report once. A coordinator out of reach for a moment is no reason to stop training."""
+        try:
+            self.client.call(
+                "heartbeat",
+                generation=self.generation,
+                rank=self.rank,
+                step=self.step,
+                phase=self.phase,
+                seconds_in_phase=time.monotonic() - self._since,
+                memory_bytes=memory_bytes(self.device),
+                **self.metrics,
+            )
+        except ConnectionError:
+            return
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak bytes allocated on a GPU; the resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)

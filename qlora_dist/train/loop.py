@@ -1,0 +1,210 @@
+"""The loop: it owns the step, and decides when to log, evaluate, save and stop. The same over all strategies."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from qlora_dist.checkpoint.format import Snapshot
+from qlora_dist.checkpoint.writer import BackgroundWriter
+from qlora_dist.config.errors import UserError
+from qlora_dist.config.load import to_yaml
+from qlora_dist.config.schema import RunConfig
+from qlora_dist.data.collate import collate, loss_tokens, num_tokens
+from qlora_dist.data.order import GlobalOrder, micro_batches
+from qlora_dist.data.tokens import TokenTable
+from qlora_dist.optim.optimizers import set_learning_rate
+from qlora_dist.shard.strategy import Strategy
+from qlora_dist.track.metrics import MetricsLog
+from qlora_dist.train.evaluate import held_out_loss
+from qlora_dist.train.heartbeat import Heartbeat
+from qlora_dist.train.progress import Progress
+from qlora_dist.train.step import accumulate_gradients, draw_seed
+
+
+@dataclass
+class Loop:
+    """Everything one rank's loop works with. `metrics` and `writer` are rank 0's alone."""
+
+    config: RunConfig
+    rank: int
+    world_size: int
+    device: torch.device
+    model: nn.Module
+    strategy: Strategy
+    schedule: Callable[[int], float]
+    compute_dtype: torch.dtype
+    pad_token_id: int
+    order: GlobalOrder
+    train_table: TokenTable
+    eval_table: TokenTable | None
+    total_steps: int
+    progress: Progress
+    identity: dict[str, Any]
+    adapter_config: bytes
+    heartbeat: Heartbeat
+    metrics: MetricsLog | None
+    writer: BackgroundWriter | None
+    unlogged: list[tuple[int, Tensor, Tensor, float, int, int]] = field(default_factory=list)
+    interval_start: float = 0.0
+    last_eval: tuple[int, float] | None = None
+    saved_step: int = -1
+
+    def run(self) -> None:
+        """Train from where `progress` stands to the last step, or until early stopping.
+
+        Raises:
+            UserError: too many non-finite steps in a row, or a checkpoint that cannot be written.
+        """
+        self.model.train()
+        self.saved_step = self.progress.step
+        if self.progress.step == 0 and self.config.eval.eval_on_start:
+            self.evaluate()
+        self.interval_start = time.monotonic()
+        while self.progress.step < self.total_steps and not self.stopped_early():
+            self.take_step()
+            step, last = self.progress.step, self.progress.step == self.total_steps
+            if last or step % self.config.train.logging_steps == 0:
+                self.log()
+            improved = False
+            if last or self.due(self.config.eval.eval_steps):
+                improved = self.evaluate()
+            if last or self.stopped_early() or improved or self.due(self.config.checkpoint.save_steps):
+                self.save()
+            if self.writer is not None:
+                self.writer.poll()
+        self.heartbeat.at(self.progress.step, "checkpoint")
+        if self.writer is not None:
+            self.writer.close()
+
+    def due(self, every: int | None) -> bool:
+        """Whether something done `every` so many steps is due now."""
+        return every is not None and self.progress.step % every == 0
+
+    def stopped_early(self) -> bool:
+        """Whether evaluation has stopped improving for long enough."""
+        patience = self.config.eval.early_stopping_patience
+        return patience is not None and self.progress.stale_evals >= patience
+
+    def take_step(self) -> None:
+        """One optimizer step over one global batch."""
+        progress, config = self.progress, self.config
+        self.heartbeat.at(progress.step + 1, "compute")
+        packs, following = self.order.batch_at(progress.position)
+        mine = micro_batches(packs, config.train.per_device_train_batch_size, self.rank, self.world_size)
+        batches = [
+            (
+                collate(self.train_table, part, self.pad_token_id).to(self.device),
+                draw_seed(config.seed, progress.step, part[0] if part else 0),
+            )
+            for part in mine
+        ]
+        share = accumulate_gradients(
+            self.model, self.strategy, batches, loss_tokens(self.train_table, packs), progress.loss_scale.scale,
+            self.compute_dtype,
+        )  # fmt: skip
+        self.heartbeat.at(progress.step + 1, "collective")
+        norm = self.strategy.clip(config.train.max_grad_norm, progress.loss_scale.scale)
+        if self.world_size > 1:
+            dist.all_reduce(share)
+        # bitsandbytes' and torch's optimizers take their decision on the host, so the flag is read here.
+        skip = not bool(torch.isfinite(norm) & torch.isfinite(share))
+        learning_rate = self.schedule(progress.step)
+        set_learning_rate(self.strategy.optimizer, learning_rate)
+        self.strategy.step(skip)
+        progress.step += 1
+        progress.position = following
+        counts = num_tokens(self.train_table, packs), loss_tokens(self.train_table, packs)
+        self.unlogged.append((progress.step, share, norm, learning_rate, *counts))
+        self.count_bad_step(skip)
+
+    def count_bad_step(self, bad: bool) -> None:
+        """Keep count of non-finite steps, and give up after `train.max_bad_steps` in a row."""
+        progress = self.progress
+        progress.skipped_steps += bad
+        if progress.loss_scale.update(bad):
+            return
+        progress.bad_steps = progress.bad_steps + 1 if bad else 0
+        if progress.bad_steps >= self.config.train.max_bad_steps:
+            self.log()
+            raise UserError(
+                f"the loss or its gradient was not finite in {progress.bad_steps} steps in a row, up to step "
+                f"{progress.step} (train.max_bad_steps); lower train.learning_rate or look at the data of these steps. "
+                "The last checkpoint is from before them"
+            )
+
+    def log(self) -> None:
+        """Write one record for each step since the last call; the one place where the host waits for the device."""
+        if not self.unlogged:
+            return
+        steps = [(step, float(loss), float(norm), *rest) for step, loss, norm, *rest in self.unlogged]
+        seconds = time.monotonic() - self.interval_start
+        tokens_per_second = sum(record[4] for record in steps) / seconds
+        loss_tokens_per_second = sum(record[5] for record in steps) / seconds
+        if self.metrics is not None:
+            for step, loss, norm, learning_rate, *_ in steps:
+                self.metrics.write(
+                    step, loss=loss, grad_norm=norm, learning_rate=learning_rate,
+                    epoch=step / self.order.steps_per_epoch, tokens_per_second=tokens_per_second,
+                    loss_tokens_per_second=loss_tokens_per_second, seconds_per_step=seconds / len(steps),
+                    skipped_steps=self.progress.skipped_steps,
+                )  # fmt: skip
+        self.heartbeat.metrics = {
+            "tokens_per_second": tokens_per_second / self.world_size, "loss": steps[-1][1],
+            "max_steps": self.total_steps, "seconds_per_step": seconds / len(steps),
+        }  # fmt: skip
+        self.unlogged.clear()
+        self.interval_start = time.monotonic()
+
+    def evaluate(self) -> bool:
+        """Measure the held-out loss, if there are held-out rows; True where it is the best so far."""
+        if self.eval_table is None:
+            return False
+        self.log()
+        started = time.monotonic()
+        self.heartbeat.at(self.progress.step, "compute")
+        eval_loss = held_out_loss(
+            self.model, self.eval_table, self.config.eval.per_device_eval_batch_size, self.rank, self.world_size,
+            self.pad_token_id, self.compute_dtype, self.device,
+        )  # fmt: skip
+        if self.metrics is not None:
+            self.metrics.write(
+                self.progress.step, eval_loss=eval_loss, eval_perplexity=_exp(eval_loss),
+                eval_seconds=time.monotonic() - started,
+            )  # fmt: skip
+        self.last_eval = (self.progress.step, eval_loss)
+        improved = self.progress.note_evaluation(eval_loss, self.config.eval)
+        self.interval_start = time.monotonic()
+        return improved and self.progress.step > 0 and self.config.checkpoint.keep_best > 0
+
+    def save(self) -> None:
+        """Hand a snapshot to the background writer, unless this step has one or is in the middle of bad steps."""
+        if self.progress.step == self.saved_step or self.progress.bad_steps:
+            return
+        self.log()
+        self.heartbeat.at(self.progress.step, "checkpoint")
+        state = self.strategy.full_state()
+        if self.writer is not None:
+            evaluated_now = self.last_eval is not None and self.last_eval[0] == self.progress.step
+            self.writer.save(
+                Snapshot(
+                    step=self.progress.step,
+                    adapter=state.adapter,
+                    adapter_config=self.adapter_config,
+                    optimizer=state.optimizer,
+                    optimizer_numbers=state.optimizer_numbers,
+                    state={"progress": self.progress.to_dict(), "identity": self.identity},
+                    config_yaml=to_yaml(self.config),
+                ),
+                {"eval_loss": self.last_eval[1]} if self.last_eval is not None and evaluated_now else {},
+            )
+        self.saved_step = self.progress.step
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

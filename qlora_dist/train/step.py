@@ -1,0 +1,111 @@
+"""One optimizer step: micro-batches, one token-weighted loss over all ranks, clip, step.
+
+B rows of a micro-batch, T tokens a row, K positions whose logits are needed, N loss-bearing tokens, V vocabulary.
+"""
+
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from qlora_dist.data.collate import MicroBatch
+from qlora_dist.shard.strategy import Strategy
+
+
+@dataclass
+class LossScale:
+    """Dynamic loss scaling for fp16, as in Micikevicius et al. 2018, section 3.2 (arXiv:1710.03740).
+
+    Halved after a step that overflowed, doubled after `growth_interval` steps that did not. At a scale of 1 a
+    non-finite step is no longer the scale's fault.
+    """
+
+    scale: float = 1.0
+    good_steps: int = 0
+    growth_interval: int = 2000
+    enabled: bool = False
+
+    @classmethod
+    def for_dtype(cls, dtype: torch.dtype) -> "LossScale":
+        """Scaling for fp16, a constant 1 for what needs none."""
+        return cls(scale=2.0**16, enabled=True) if dtype == torch.float16 else cls()
+
+    def update(self, overflowed: bool) -> bool:
+        """Adapt to one step; True where lowering the scale is the answer to the overflow."""
+        if not self.enabled:
+            return False
+        if overflowed:
+            self.good_steps = 0
+            lowered = self.scale > 1.0
+            self.scale = max(1.0, self.scale / 2)
+            return lowered
+        self.good_steps += 1
+        if self.good_steps == self.growth_interval:
+            self.scale, self.good_steps = self.scale * 2, 0
+        return False
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Matrix products in `dtype` while adapters stay fp32; nothing for fp32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def draw_seed(seed: int, step: int, pack: int) -> int:
+    """The seed of a micro-batch's random draws: a function of the run's seed, the step and its first pack alone."""
+    return int(np.random.SeedSequence([seed, step, pack]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def loss_sum(model: nn.Module, batch: MicroBatch) -> Tensor:
+    """Sum of the token losses of one micro-batch, in fp32, a scalar.
+
+    Logits are computed only at positions that bear loss, where the model can (`logits_to_keep`). No attention mask is
+    passed: padding is on the right, where causal attention never looks from a real token.
+    """
+    length = batch.input_ids_BT.shape[1]
+    row_N, time_N = batch.predict_index_N // length, batch.predict_index_N % length
+    if _can_select_logits(model):
+        kept_K, kept_index_N = torch.unique(time_N, return_inverse=True)
+        logits_BKV = model(input_ids=batch.input_ids_BT, use_cache=False, logits_to_keep=kept_K).logits
+        all_kept = logits_BKV.shape[0] * logits_BKV.shape[1] == len(row_N)
+        logits_NV = logits_BKV.flatten(0, 1) if all_kept else logits_BKV[row_N, kept_index_N]
+    else:
+        logits_NV = model(input_ids=batch.input_ids_BT, use_cache=False).logits[row_N, time_N]
+    return cross_entropy(logits_NV.float(), batch.target_N, reduction="sum")
+
+
+def _can_select_logits(model: nn.Module) -> bool:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    strategy: Strategy,
+    batches: Sequence[tuple[MicroBatch, int]],
+    loss_tokens: int,
+    loss_scale: float,
+    compute_dtype: torch.dtype,
+) -> Tensor:
+    """Forward and backward of this rank's micro-batches of one global batch.
+
+    Args:
+        batches: micro-batches on the model's device, each with the seed of its random draws.
+        loss_tokens: loss-bearing tokens of the whole global batch, over all ranks.
+
+    Returns:
+        This rank's share of the global loss: its sum of token losses over `loss_tokens`, a detached scalar.
+    """
+    device = batches[0][0].input_ids_BT.device
+    share = torch.zeros((), device=device)
+    for index, (batch, seed) in enumerate(batches):
+        torch.manual_seed(seed)
+        with autocast(device, compute_dtype):
+            loss = loss_sum(model, batch) / loss_tokens
+        strategy.backward(loss * loss_scale, last_micro_batch=index == len(batches) - 1)
+        share += loss.detach()
+    return share

@@ -1,0 +1,322 @@
+"""The life of a worker, top to bottom. It knows its rank, device and coordinator, and not who started it."""
+
+import os
+import secrets
+import socket
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from qlora_dist.checkpoint.format import Snapshot, read_snapshot
+from qlora_dist.checkpoint.manifest import best_checkpoint, resolve_resume
+from qlora_dist.checkpoint.writer import BackgroundWriter
+from qlora_dist.config.errors import UserError
+from qlora_dist.config.schema import RunConfig
+from qlora_dist.coordinate.client import CoordinatorClient, join_and_wait
+from qlora_dist.coordinate.rundir import check_shared
+from qlora_dist.data.order import GlobalOrder
+from qlora_dist.data.tokens import TokenTable, prepare_data
+from qlora_dist.model.adapter import (
+    adapter_config_json,
+    attach_adapter,
+    check_trainable,
+    load_adapter_state,
+    save_adapter,
+)  # fmt: skip
+from qlora_dist.model.base import compute_dtype, load_base, load_tokenizer
+from qlora_dist.model.resolve import resolve_base
+from qlora_dist.model.weights import base_fingerprint
+from qlora_dist.optim.optimizers import build_optimizer
+from qlora_dist.optim.schedules import build_schedule
+from qlora_dist.shard.strategy import FullState, Strategy, make_strategy
+from qlora_dist.track.metrics import MetricsLog
+from qlora_dist.train.evaluate import answer_prompts
+from qlora_dist.train.heartbeat import Heartbeat
+from qlora_dist.train.loop import Loop
+from qlora_dist.train.progress import Progress
+from qlora_dist.train.step import LossScale
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of the identical workers of a run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    client: CoordinatorClient
+    run_dir: Path
+    nonce: str
+
+
+# Two missed heartbeats and a little more.
+SILENCE_S = 2.5
+
+
+class WorkerLost(Exception):
+    """A collective failed because a worker died, stopped or fell behind; the message names it."""
+
+
+def train(config: RunConfig, worker: Worker) -> None:
+    """Run one worker from start to end.
+
+    What a person can mend is reported to the coordinator and not raised, so that nobody retries it; the launcher
+    reads the outcome there. Everything else is reported and raised.
+
+    Raises:
+        WorkerLost: another worker is gone; the launcher restarts the group from the last checkpoint.
+    """
+    generation, heartbeat = 0, None
+    try:
+        join_process_group(config, worker)
+        generation = join_attempt(worker, config.launch.start_timeout_s)
+        heartbeat = Heartbeat(worker.client, generation, worker.rank, worker.device)
+        run_stages(config, worker, generation, heartbeat)
+    except UserError as error:
+        report(worker, generation, "user", error.message, heartbeat)
+    except Exception as error:
+        lost = explain_failure(error, worker, generation, heartbeat)
+        if lost is None:
+            return
+        report(worker, generation, "error", f"{type(lost).__name__}: {lost}", heartbeat)
+        raise lost from error
+    finally:
+        if heartbeat is not None:
+            heartbeat.stop()
+        # Closes the connections, so that ranks that wait for this one stop waiting.
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: Heartbeat) -> None:
+    """Data, base model, adapter, strategy, optimizer, resume, loop, final adapter."""
+    lead = worker.rank == 0
+    note = partial(tell, worker, generation) if lead else _ignore
+    check_shared(worker.run_dir, worker.nonce)
+    resume_from = agree(worker, resume_path(config, worker) if lead else None)
+
+    folder = resolve_base(config.model)
+    tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
+    train_table, eval_table = prepare_data(config.data, tokenizer, config.seed)
+    order = GlobalOrder(train_table.num_packs, config.global_batch_size, config.data.shuffle, config.seed)
+    total_steps = config.train.max_steps or order.total_steps(config.train.num_train_epochs or 1.0)
+    describe_data(note, train_table, eval_table, config, total_steps)
+
+    dtype = compute_dtype(config.model, worker.device)
+    model = attach_adapter(load_base(config.model, folder, worker.device), config.adapter, config.seed)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    describe_model(note, model, config, dtype)
+
+    strategy = make_strategy(config.strategy)
+    model = strategy.apply(model, partial(build_optimizer, config=config.train, notice=partial(note, "notice")))
+    identity = run_identity(config, folder, train_table)
+    progress = Progress(loss_scale=LossScale.for_dtype(dtype))
+    if resume_from is not None:
+        progress = resume(Path(resume_from), strategy, identity)
+        note("resumed", f"resumed from {resume_from}", step=progress.step, checkpoint=str(resume_from))
+
+    loop = Loop(
+        config=config, rank=worker.rank, world_size=worker.world_size, device=worker.device, model=model,
+        strategy=strategy, schedule=build_schedule(config.train, total_steps), compute_dtype=dtype,
+        pad_token_id=tokenizer.pad_token_id, order=order, train_table=train_table, eval_table=eval_table,
+        total_steps=total_steps, progress=progress, identity=identity, adapter_config=adapter_config_json(model),
+        heartbeat=heartbeat,
+        metrics=MetricsLog(worker.run_dir, generation, progress.step) if lead else None,
+        writer=BackgroundWriter(worker.run_dir, worker.client, generation) if lead else None,
+    )  # fmt: skip
+    loop.run()
+    finish(loop, worker, tokenizer, generation)
+
+
+def join_process_group(config: RunConfig, worker: Worker) -> None:
+    """Connect the ranks, unless the launcher has done it; a collective fails after `launch.collective_timeout_s`."""
+    if worker.device.type == "cuda":
+        torch.cuda.set_device(worker.device)
+    if worker.world_size > 1 and not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if worker.device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=config.launch.collective_timeout_s),
+        )
+
+
+def join_attempt(worker: Worker, timeout_s: float) -> int:
+    """Register this rank's attempt with the coordinator; the attempt counts once all of its ranks have registered.
+
+    Returns:
+        The generation number that every commit of this attempt carries.
+    """
+    attempt = agree(worker, secrets.token_hex(8) if worker.rank == 0 else None)
+    return join_and_wait(
+        worker.client, attempt, worker.rank, worker.world_size, socket.gethostname(), os.getpid(), timeout_s
+    )
+
+
+def agree(worker: Worker, value: Any) -> Any:
+    """Rank 0's `value`, on every rank."""
+    if worker.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def resume_path(config: RunConfig, worker: Worker) -> str | None:
+    """The checkpoint to go on from, as `resume` and the run folder have it; None to start from scratch."""
+    outcome = worker.client.call("outcome")
+    path = resolve_resume(worker.run_dir, config.resume, outcome["started_generation"])
+    return None if path is None else str(path)
+
+
+def run_identity(config: RunConfig, base_folder: Path, table: TokenTable) -> dict[str, Any]:
+    """What must not change between a checkpoint and its resumption, by the name of the setting it comes from."""
+    return {
+        "model.name": base_fingerprint(base_folder),
+        "model.quantization": f"{config.model.quantization}, double_quant {config.model.double_quant}",
+        "data.train": table.fingerprint,
+        "data.shuffle": config.data.shuffle,
+        "train.global_batch_size": config.global_batch_size,
+        "seed": config.seed,
+    }
+
+
+def resume(checkpoint: Path, strategy: Strategy, identity: dict[str, Any]) -> Progress:
+    """Load a checkpoint into the strategy.
+
+    Raises:
+        UserError: it was made with another base, other data, or another global order.
+    """
+    snapshot: Snapshot = read_snapshot(checkpoint)
+    saved = snapshot.state["identity"]
+    for name, value in identity.items():
+        if saved.get(name) != value:
+            shown = "other content" if len(str(value)) > 40 else f"{saved.get(name)} instead of {value}"
+            raise UserError(
+                f"{checkpoint} was made with a different {name} ({shown}), so this run cannot go on from it; "
+                f"put {name} back as it was, or choose another output_dir"
+            )
+    strategy.load_full_state(FullState(snapshot.adapter, snapshot.optimizer, snapshot.optimizer_numbers))
+    return Progress.from_dict(snapshot.state["progress"])
+
+
+def finish(loop: Loop, worker: Worker, tokenizer: Any, generation: int) -> None:
+    """Write the final adapter, answer the sample prompts, and tell the coordinator that the run is done."""
+    progress, config, model = loop.progress, loop.config, loop.model
+    if config.eval.load_best_model_at_end and progress.best_step != progress.step:
+        best = agree(worker, str(best_checkpoint(worker.run_dir)) if worker.rank == 0 else None)
+        load_adapter_state(model, read_snapshot(Path(best)).adapter)
+    samples: list[dict[str, str]] = []
+    if loop.eval_table is not None and config.eval.sample_prompts:
+        packs = range(min(config.eval.sample_prompts, loop.eval_table.num_packs))
+        mine = answer_prompts(
+            model, tokenizer, loop.eval_table, packs[worker.rank :: worker.world_size],
+            config.eval.sample_max_new_tokens, loop.compute_dtype, worker.device,
+        )  # fmt: skip
+        samples = gather_in_turn(worker, mine)
+    if worker.rank == 0:
+        save_adapter(model, worker.run_dir / "adapter")
+        assert loop.metrics is not None
+        loop.metrics.close()
+        worker.client.call(
+            "finish", generation=generation, step=progress.step,
+            summary={
+                "adapter": str(worker.run_dir / "adapter"),
+                "samples": samples,
+                "best_eval_loss": progress.to_dict()["best_eval_loss"],
+                "best_step": progress.best_step,
+                "skipped_steps": progress.skipped_steps,
+                "stopped_early": loop.stopped_early(),
+            },
+        )  # fmt: skip
+
+
+def gather_in_turn(worker: Worker, mine: list[Any]) -> list[Any]:
+    """The lists of all ranks, item by item in turn, as they were dealt out."""
+    if worker.world_size == 1:
+        return mine
+    parts: list[Any] = [None] * worker.world_size
+    dist.all_gather_object(parts, mine)
+    longest = max(len(part) for part in parts)
+    return [part[turn] for turn in range(longest) for part in parts if turn < len(part)]
+
+
+def explain_failure(error: Exception, worker: Worker, generation: int, heartbeat: Heartbeat | None) -> Exception | None:
+    """The reason behind an exception: `error` itself, or the lost worker that a failed collective points at.
+
+    None where another rank has already reported what a person can mend: then this rank has nothing to add.
+    """
+    if worker.world_size == 1 or heartbeat is None or not is_collective_failure(error):
+        return error
+    if worker.client.call("outcome")["kind"] == "user":
+        return None
+    # A connection breaks at once when a worker is killed; its silence is what tells it from the others.
+    time.sleep(SILENCE_S)
+    answer = worker.client.call("who_is_missing", generation=generation, timeout_s=2 * SILENCE_S)
+    return WorkerLost(f"step {heartbeat.step}: {answer['sentence']}") if answer["missing"] else error
+
+
+def is_collective_failure(error: Exception) -> bool:
+    """Whether an exception is that of a collective whose peer is gone; PyTorch has no class of its own for gloo's."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out")
+    )
+
+
+def report(worker: Worker, generation: int, kind: str, message: str, heartbeat: Heartbeat | None) -> None:
+    """Tell the coordinator why this rank ends."""
+    step = heartbeat.step if heartbeat is not None else 0
+    worker.client.call("fail", generation=generation, rank=worker.rank, kind=kind, message=message, step=step)
+
+
+def tell(worker: Worker, generation: int, kind: str, message: str, **fields: Any) -> None:
+    """A line for the person who watches, kept in the event log."""
+    worker.client.call("note", kind=kind, generation=generation, message=message, **fields)
+
+
+def _ignore(kind: str, message: str, **fields: Any) -> None:
+    """What ranks other than 0 do with a line that rank 0 tells."""
+
+
+def describe_data(
+    note: Any, train_table: TokenTable, eval_table: TokenTable | None, config: RunConfig, total_steps: int
+) -> None:
+    """Say what the data turned into."""
+    for name, table in (("train", train_table), ("eval", eval_table)):
+        if table is None:
+            continue
+        summary = table.summary
+        dropped = ", ".join(f"{count} dropped ({reason})" for reason, count in summary.dropped.items() if count)
+        truncated = f", {summary.truncated} truncated" if summary.truncated else ""
+        note(
+            "data",
+            f"{name}: {summary.documents:,} of {summary.rows:,} rows, {summary.tokens:,} tokens, "
+            f"{summary.loss_tokens:,} bear loss{truncated}{', ' + dropped if dropped else ''}",
+        )
+    note(
+        "plan",
+        f"{total_steps:,} steps of {config.global_batch_size} packs on {config.launch.num_workers} worker(s), "
+        f"strategy {config.strategy}",
+        max_steps=total_steps,
+    )
+
+
+def describe_model(note: Any, model: nn.Module, config: RunConfig, dtype: torch.dtype) -> None:
+    """Say what trains, after refusing a run in which nothing would."""
+    trainable, total = check_trainable(model)
+    bits = "NF4, double quantisation" if config.model.double_quant else "NF4"
+    base = bits if config.model.quantization == "nf4" else "not quantised"
+    note(
+        "model",
+        f"{config.model.name}: {total - trainable:,} frozen parameters ({base}), {trainable:,} trained "
+        f"({100 * trainable / total:.2f} %), compute in {str(dtype).removeprefix('torch.')}",
+    )

@@ -81,7 +81,8 @@ def assistant_span(whole: str, prompt: str, closed: str, content: str) -> Span |
         return len(prompt), len(closed) - len(ending) + len(mark)
     # A template may also render a turn differently once others follow it (Qwen3 takes the thinking out).
     found = whole.find(content, len(prompt))
-    while found >= 0 and content in turn:
+    # Past a mark that closes a turn it would be the content of a later one.
+    while found >= 0 and content in turn and mark not in whole[len(prompt) : found]:
         end = found + len(content)
         if ending and whole.startswith(ending, end):
             return len(prompt), end + len(mark)

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qlora_dist.config.errors import UserError
 from qlora_dist.data.formats import Conversation, to_conversation
 from qlora_dist.data.rows import Row
-from qlora_dist.data.template import encode_conversations
+from qlora_dist.data.template import assistant_span, encode_conversations
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 CHATML_PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -118,6 +118,26 @@ def test_a_turn_that_later_turns_change_is_found(tokenizer: PreTrainedTokenizerB
     # "think" is in the block's own tags too.
     expected = ["think<|im_end|>", "<think>\n\n</think>\n\nthink<|im_end|>"]
     assert runs(tokenizer, chat("a", "think", "c", "think")) == expected
+
+
+@pytest.mark.parametrize(
+    ("whole", "closed", "content", "learnt"),
+    [
+        ("A:yes<E>\n", "A:yes<E>\n", "yes", "yes<E>"),
+        # Once others follow, the turn gains a block whose tags hold the content too.
+        ("A:<yes></yes>yes<E>\nQ:x<E>\n", "A:yes<E>\n", "yes", "<yes></yes>yes<E>"),
+        # Once others follow, the turn loses a part of its content, which a later turn quotes.
+        ("A:yes<E>\nQ:<t>yes<E>\n", "A:<t>yes<E>\n", "<t>yes", None),
+        # The template rewrites the content, but nothing else tells the whole from the turn.
+        ("A:YES<E>\n", "A:YES<E>\n", "yes", "YES<E>"),
+        ("A:YES<E>\nQ:x", "A:Yes<E>\n", "yes", None),
+        ("A:", "A:", "yes", None),
+        ("B:yes<E>", "B:yes<E>", "yes", None),
+    ],
+)
+def test_the_span_of_one_turn(whole: str, closed: str, content: str, learnt: str | None) -> None:
+    span = assistant_span(whole, "A:", closed, content)
+    assert (span and whole[slice(*span)]) == learnt
 
 
 def test_a_blank_line_that_closes_a_turn_is_learnt_and_a_straddling_token_too(

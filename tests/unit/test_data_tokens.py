@@ -86,6 +86,16 @@ def test_too_long_rows_can_be_dropped_or_refused(tokenizer: PreTrainedTokenizerB
         build_table(rows_of("z", "zqz"), tokenizer, DataConfig(train="x", max_length=3))
 
 
+def test_prompts_are_those_of_the_first_documents_kept(tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    rows = [
+        Row({"prompt": "p" * 500, "completion": "too long"}, "x.jsonl", 1),
+        Row({"prompt": "p", "completion": "q"}, "x.jsonl", 2),
+        Row({"prompt": turns, "completion": turns[1:2]}, "x.jsonl", 3),
+    ]
+    assert build_table(rows, tokenizer, DataConfig(train="x", max_length=100)).prompts == ("p", "c")
+
+
 def test_a_malformed_row_behind_the_first_names_its_line(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [*rows_of("z", "q"), Row({"question": "q"}, "x.jsonl", 3)]
     with pytest.raises(UserError, match=r"^x.jsonl:3 lacks the key `answer`"):

@@ -1,0 +1,237 @@
+"""What is in a checkpoint folder, and how it gets there and back. One format for all strategies and world sizes.
+
+    adapter_config.json, adapter_model.safetensors   a PEFT adapter: the folder loads in stock PEFT
+    optimizer.safetensors, optimizer.json            state tensors under "PARAMETER|KEY", and scalars
+    state.json                                       schedule, data position, counters, best metric
+    config.yaml                                      the resolved configuration
+    manifest.json                                    written by the coordinator, last
+
+No byte of the frozen base; nothing is pickled.
+"""
+
+import enum
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from qlora_dist.coordinate.files import fsync_folder
+from qlora_dist.coordinate.manifest import MANIFEST, read_manifest
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+OPTIMIZER_TENSORS = "optimizer.safetensors"
+OPTIMIZER_SCALARS = "optimizer.json"
+STATE = "state.json"
+CONFIG = "config.yaml"
+WRITE_CHUNK_BYTES = 8 << 20
+Files = dict[str, dict[str, Any]]
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint folder is not what its manifest says; the message names the file."""
+
+
+@dataclass
+class Snapshot:
+    """The trainable state of a run after `step` optimizer steps.
+
+    Attributes:
+        step: optimizer steps done.
+        adapter: PEFT state-dict names -> tensors of any shape.
+        adapter_config: PEFT's configuration as JSON (sets and enums are taken too).
+        optimizer: "PARAMETER|KEY" -> state tensor, whole (not a rank's shard).
+        optimizer_scalars: what else the optimizer keeps, JSON.
+        state: schedule, data position, counters, scaler, best metric; JSON. No generator state: draws derive from
+            (seed, step, pack).
+        config_yaml: the resolved configuration.
+    """
+
+    step: int
+    adapter: dict[str, Tensor]
+    adapter_config: dict[str, Any]
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    optimizer_scalars: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    config_yaml: str = ""
+
+
+def copy_to_host(snapshot: Snapshot) -> Snapshot:
+    """A copy that later training does not change: its tensors are contiguous, on the CPU, and share no memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        # Paged optimizer state is host memory that a kernel may still be writing.
+        torch.cuda.synchronize()
+    return Snapshot(
+        step=snapshot.step,
+        adapter={name: _copy(tensor) for name, tensor in snapshot.adapter.items()},
+        adapter_config=_jsonable(snapshot.adapter_config, "adapter_config", loose=True),
+        optimizer={name: _copy(tensor) for name, tensor in snapshot.optimizer.items()},
+        optimizer_scalars=_jsonable(snapshot.optimizer_scalars, "optimizer_scalars"),
+        state=_jsonable(snapshot.state, "state"),
+        config_yaml=snapshot.config_yaml,
+    )
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
+
+
+def _jsonable(value: Any, where: str, loose: bool = False) -> Any:
+    """A copy of `value`, if it comes back from JSON as it went in (`loose`: enums and sets become values and lists).
+
+    Raises:
+        TypeError: it would come back as something else (a tuple, a tensor, a number as a key); names the place.
+    """
+    if loose and isinstance(value, enum.Enum):
+        return value.value
+    if loose and isinstance(value, set | tuple):
+        return sorted(value) if isinstance(value, set) else list(value)
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if type(value) is list:
+        return [_jsonable(item, f"{where}[{place}]", loose) for place, item in enumerate(value)]
+    if isinstance(value, dict) and all(type(key) is str for key in value):
+        return {key: _jsonable(item, f"{where}.{key}", loose) for key, item in value.items()}
+    raise TypeError(f"{where} is a {type(value).__name__}, which JSON would not give back as it is")
+
+
+class _HashedFile:
+    """Counts and hashes what goes to the file, so that the checksum is that of what was meant to be written."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        self._file.write(data)
+        self.size += len(data)
+
+    def entry(self) -> dict[str, Any]:
+        return {"bytes": self.size, "sha256": self._digest.hexdigest()}
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], file: _HashedFile) -> None:
+    """Write CPU tensors in the safetensors format (8 bytes header length, JSON header, data by falling alignment).
+
+    Format: the safetensors README. Written here, not by the library, to hash while writing, to need no second copy in
+    memory, and to see a full disk as an OSError.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    for name in names:
+        flat = tensors[name].contiguous().reshape(-1).view(torch.uint8)
+        data = flat.numpy().data
+        for start in range(0, len(data), WRITE_CHUNK_BYTES):
+            file.write(data[start : start + WRITE_CHUNK_BYTES])
+
+
+def write_snapshot(snapshot: Snapshot, folder: Path) -> Files:
+    """Write a snapshot of CPU tensors into an existing empty folder and wait until it is on the disk.
+
+    Returns:
+        File name -> {"bytes", "sha256"}: what the manifest needs.
+
+    Raises:
+        OSError: no space, no permission; the folder then holds a part.
+    """
+    if sys.byteorder != "little":
+        raise NotImplementedError("safetensors are little-endian")
+    files: Files = {}
+
+    def write(name: str, content: bytes | Mapping[str, Tensor]) -> None:
+        with open(folder / name, "xb") as raw:
+            file = _HashedFile(raw)
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                _write_tensors(content, file)
+            raw.flush()
+            os.fsync(raw.fileno())
+        files[name] = file.entry()
+
+    state = {"step": snapshot.step, "state": _jsonable(snapshot.state, "state")}
+    write(ADAPTER_CONFIG, _to_json(_jsonable(snapshot.adapter_config, "adapter_config", loose=True)))
+    write(ADAPTER_WEIGHTS, snapshot.adapter)
+    write(OPTIMIZER_TENSORS, snapshot.optimizer)
+    write(OPTIMIZER_SCALARS, _to_json(_jsonable(snapshot.optimizer_scalars, "optimizer_scalars")))
+    write(STATE, _to_json(state))
+    write(CONFIG, snapshot.config_yaml.encode())
+    fsync_folder(folder)
+    return files
+
+
+def _to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def read_snapshot(folder: Path) -> Snapshot:
+    """Read a committed checkpoint; every byte is checked against the manifest before it is used.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, short or altered, or the manifest is.
+    """
+    try:
+        expected = read_manifest(folder)["files"]
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{folder}: {error}") from error
+
+    def read(name: str) -> bytes:
+        if name not in expected:
+            raise DamagedCheckpoint(f"{folder}: {MANIFEST} does not list {name}")
+        try:
+            data = (folder / name).read_bytes()
+        except FileNotFoundError:
+            raise DamagedCheckpoint(f"{folder}: {name} is missing") from None
+        if hashlib.sha256(data).hexdigest() != expected[name]["sha256"]:
+            raise DamagedCheckpoint(f"{folder}: {name} has been altered: its checksum differs")
+        return data
+
+    state = json.loads(read(STATE))
+    return Snapshot(
+        step=state["step"],
+        adapter=safetensors.torch.load(read(ADAPTER_WEIGHTS)),
+        adapter_config=json.loads(read(ADAPTER_CONFIG)),
+        optimizer=safetensors.torch.load(read(OPTIMIZER_TENSORS)),
+        optimizer_scalars=json.loads(read(OPTIMIZER_SCALARS)),
+        state=state["state"],
+        config_yaml=read(CONFIG).decode(),
+    )

@@ -1,0 +1,190 @@
+"""How workers and drivers talk to the coordinator, wherever it is hosted.
+
+A transport is anything with `call(method, **arguments) -> dict`; the functions below are written on top of it.
+"""
+
+import contextlib
+import http.client
+import json
+import secrets
+import time
+import urllib.parse
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from qlora_dist.config.errors import UserError
+from qlora_dist.coordinate.state import Coordinator
+
+
+class CoordinatorClient(Protocol):
+    """A transport.
+
+    `call` raises UserError as the coordinator raised it, and `Unreachable` where no answer came: the message may
+    have been acted on or not.
+    """
+
+    def call(self, method: str, **arguments: Any) -> dict[str, Any]: ...
+
+
+class Unreachable(ConnectionError):
+    """The coordinator gave no answer."""
+
+
+class CoordinatorError(RuntimeError):
+    """The coordinator raised something that is no mistake of the person's."""
+
+
+class Fenced(RuntimeError):
+    """A newer generation has taken this one's place; the process is to end without touching anything."""
+
+
+class DirectClient:
+    """For the process that holds the coordinator."""
+
+    def __init__(self, coordinator: Coordinator):
+        self._coordinator = coordinator
+
+    def call(self, method: str, **arguments: Any) -> dict[str, Any]:
+        # Through JSON, so that what works here works over every transport.
+        arguments = json.loads(json.dumps(arguments))
+        answer: dict[str, Any] = json.loads(json.dumps(self._coordinator.handle(method, **arguments)))
+        return answer
+
+
+class HttpClient:
+    """For the service in `service.py`.
+
+    Connections that fail are tried again with growing pauses; the service acts on a message once, however often it
+    comes.
+
+    Args:
+        url: `http://HOST:PORT` or `https://HOST:PORT`.
+        token: the service's secret.
+        timeout_s: for one try.
+        patience_s: for all tries of a call.
+    """
+
+    def __init__(self, url: str, token: str, timeout_s: float = 120.0, patience_s: float = 300.0):
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(f"coordinator address {url!r} is not of the form http://HOST:PORT")
+        self.url = url
+        self._parts = parts
+        self._token, self._timeout_s, self._patience_s = token, timeout_s, patience_s
+
+    def call(self, method: str, **arguments: Any) -> dict[str, Any]:
+        """Send one message.
+
+        Raises:
+            UserError: the coordinator said so, or the token is wrong.
+            CoordinatorError: anything else went wrong in the coordinator.
+            Unreachable: no answer within `patience_s`.
+        """
+        message = {"method": method, "arguments": arguments, "request_id": secrets.token_hex(16)}
+        body = json.dumps(message).encode()
+        deadline = time.monotonic() + self._patience_s
+        pause_s = 0.1
+        while True:
+            try:
+                status, answer = self._post(body)
+                # A gateway between here and the service says so when the service does not answer.
+                if status not in (502, 503, 504):
+                    break
+                raise ConnectionError(f"answer {status}")
+            except (OSError, http.client.HTTPException) as error:
+                if time.monotonic() + pause_s > deadline:
+                    raise Unreachable(
+                        f"the coordinator at {self.url} gave no answer to {method} for {self._patience_s:.0f} s: "
+                        f"{error or type(error).__name__}"
+                    ) from error
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 5.0)
+        return _read_answer(self.url, status, answer)
+
+    def _post(self, body: bytes) -> tuple[int, bytes]:
+        parts = self._parts
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(parts.hostname or "", parts.port, timeout=self._timeout_s)
+        headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
+        with contextlib.closing(connection):
+            connection.request("POST", parts.path.rstrip("/") + "/call", body, headers)
+            response = connection.getresponse()
+            return response.status, response.read()
+
+
+def _read_answer(url: str, status: int, body: bytes) -> dict[str, Any]:
+    if status == 401:
+        raise UserError(f"the coordinator at {url} refuses the token; give the one that it was started with")
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        raise Unreachable(f"what answers at {url} is no coordinator ({status}): {body[:200]!r}") from None
+    if status == 200:
+        return dict(answer)
+    if answer.get("kind") == "user":
+        raise UserError(answer["error"])
+    raise CoordinatorError(f"the coordinator at {url} answered {status}: {answer.get('error')}")
+
+
+def join_and_wait(
+    client: CoordinatorClient, attempt: str, rank: int, world_size: int, host: str, pid: int, timeout_s: float
+) -> int:
+    """Join with the group `attempt` and wait until it is complete; return its generation number.
+
+    Raises:
+        Fenced: another group has taken its place.
+        TimeoutError: the group was not complete within `timeout_s` seconds; the message says who is there.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        answer = client.call("join", attempt=attempt, rank=rank, world_size=world_size, host=host, pid=pid)
+        if answer["refused"] is not None:
+            raise Fenced(answer["refused"])
+        if answer["generation"] is not None:
+            return int(answer["generation"])
+        if time.monotonic() > deadline:
+            ranks = ", ".join(map(str, answer["joined"]))
+            raise TimeoutError(f"after {timeout_s:.0f} s only ranks {ranks} of {world_size} workers have joined")
+        time.sleep(0.1)
+
+
+def heartbeat(
+    client: CoordinatorClient,
+    generation: int,
+    rank: int,
+    step: int | None,
+    phase: str,
+    seconds_in_phase: float,
+    **metrics: Any,
+) -> dict[str, Any]:
+    """Send a heartbeat; {"current", "stop", "generation"} as in `Coordinator.heartbeat`."""
+    fields = {"step": step, "phase": phase, "seconds_in_phase": seconds_in_phase, **metrics}
+    return client.call("heartbeat", generation=generation, rank=rank, **fields)
+
+
+def who_is_missing(client: CoordinatorClient, generation: int, timeout_s: float) -> list[dict[str, Any]]:
+    """Whom this rank waits for, as in `Coordinator.who_is_missing`; `heard.describe` makes a sentence of it."""
+    return list(client.call("who_is_missing", generation=generation, timeout_s=timeout_s)["missing"])
+
+
+def commit(
+    client: CoordinatorClient,
+    generation: int,
+    step: int,
+    folder: str,
+    files: Mapping[str, Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+) -> str:
+    """Commit a written folder; return the committed folder's name.
+
+    Raises:
+        Fenced: a newer generation has taken this one's place.
+        CoordinatorError: the folder is not complete.
+    """
+    fields = {"folder": folder, "files": dict(files), "metrics": dict(metrics)}
+    answer = client.call("commit", generation=generation, step=step, **fields)
+    if answer["fenced"]:
+        raise Fenced(answer["reason"])
+    if not answer["committed"]:
+        raise CoordinatorError(answer["reason"])
+    return str(answer["folder"])

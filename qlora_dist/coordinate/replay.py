@@ -1,0 +1,121 @@
+"""What the event log says: the durable half of the coordinator's state. Pure, no files, no clock."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from qlora_dist.coordinate.log import Event
+
+# Events that carry decisions; `Coordinator.note` may not write them.
+DECISIONS = frozenset(
+    {
+        "opened",
+        "job",
+        "joining",
+        "generation",
+        "committed",
+        "removed",
+        "refused",
+        "failed",
+        "restart",
+        "stop",
+        "finished",
+    }
+)
+
+
+@dataclass
+class Run:
+    """The state after the events applied so far.
+
+    Attributes:
+        generation: number of the current attempt; None before the first.
+        attempts: attempt id -> generation, of all attempts that became one.
+        joining: attempt ids that began to join after the current generation started, in order.
+        dead: attempt ids that began to join before another attempt became the current generation.
+        members: of the current generation: one {rank, host, pid} a rank.
+        committed: folder names of commits that were not removed -> their events.
+        failures: of the current generation, in order.
+        restarts: decisions on restarting since the job started, in order.
+        started_generation: generation number when the job started, 0 where it is the first.
+    """
+
+    generation: int | None = None
+    attempt: str | None = None
+    attempts: dict[str, int] = field(default_factory=dict)
+    joining: list[str] = field(default_factory=list)
+    dead: set[str] = field(default_factory=set)
+    members: list[dict[str, Any]] = field(default_factory=list)
+    generation_time: float | None = None
+    committed: dict[str, Event] = field(default_factory=dict)
+    failures: list[Event] = field(default_factory=list)
+    restarts: list[Event] = field(default_factory=list)
+    stop: Event | None = None
+    finished: Event | None = None
+    started_generation: int = 0
+    last_time: float | None = None
+
+    def apply(self, event: Event) -> None:
+        """Take in one event. Kinds that are not known are passed over: they are notes."""
+        self.last_time = event.get("time", self.last_time)
+        match event["kind"]:
+            case "job":
+                self.started_generation = event["started_generation"]
+                self.restarts = []
+                self.failures = []
+                self.stop = None
+                self.finished = None
+            case "joining":
+                self.joining.append(event["attempt"])
+            case "generation":
+                self.generation = event["generation"]
+                self.attempt = event["attempt"]
+                self.attempts[event["attempt"]] = event["generation"]
+                self.members = event["members"]
+                self.generation_time = event["time"]
+                self.dead.update(attempt for attempt in self.joining if attempt != event["attempt"])
+                self.joining = []
+                self.failures = []
+                self.stop = None
+                self.finished = None
+            case "committed":
+                self.committed[event["folder"]] = event
+            case "removed":
+                for folder in event["folders"]:
+                    self.committed.pop(folder, None)
+            case "failed":
+                self.failures.append(event)
+            case "restart":
+                self.restarts.append(event)
+            case "stop":
+                self.stop = event
+            case "finished":
+                self.finished = event
+
+    def failure(self) -> Event | None:
+        """The failure that tells best why the current generation ended: a user error, else the first one."""
+        user = [event for event in self.failures if event["failure"] == "user"]
+        return next(iter(user or self.failures), None)
+
+    def last_committed(self) -> Event | None:
+        """The commit event of the newest (generation, step)."""
+        return max(self.committed.values(), key=lambda event: (event["generation"], event["step"]), default=None)
+
+    def state(self) -> str:
+        """One of starting, running, finished, failed, stopped."""
+        if self.finished is not None:
+            return "stopped" if self.stop is not None else "finished"
+        restarting = bool(self.restarts) and self.restarts[-1]["generation"] == self.generation
+        if restarting:
+            return "starting" if self.restarts[-1]["restart"] else "failed"
+        if self.failures:
+            return "failed"
+        if self.generation is None or self.generation <= self.started_generation:
+            return "starting"
+        return "running"
+
+
+def normalise(message: str) -> str:
+    """A failure's message without what differs from one occurrence to the next: numbers, addresses, spacing."""
+    message = re.sub(r"0x[0-9a-fA-F]+", "#", message[:4000])
+    return " ".join(re.sub(r"\d+(\.\d+)?", "#", message).lower().split())

@@ -1,0 +1,152 @@
+"""The coordinator as a small HTTP service, for islands on different clusters and for launchers without Ray.
+
+One request: `POST /call` with `Authorization: Bearer TOKEN` and
+`{"method": ..., "arguments": {...}, "request_id": ...}`; the answer is the coordinator's, or {"error", "kind"}.
+"""
+
+import hmac
+import json
+import logging
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import Future, wait
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from qlora_dist.config.errors import UserError
+from qlora_dist.coordinate.state import Coordinator
+
+logger = logging.getLogger(__name__)
+MAX_BODY_BYTES = 4 << 20
+REMEMBERED_REQUESTS = 1024
+# Messages that are not to be acted on twice; the others do no harm when they come again.
+ONCE = frozenset({"start_job", "commit", "fail", "finish", "request_stop", "should_restart", "note"})
+SOCKET_TIMEOUT_S = 30.0
+Reply = tuple[int, dict[str, Any]]
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256
+
+
+class CoordinatorService:
+    """Serves a coordinator from a daemon thread until `stop`.
+
+    Args:
+        token: the secret that every request must carry; not empty.
+        port: 0 for a free one; `url` then tells it.
+
+    Raises:
+        OSError: the address cannot be bound.
+    """
+
+    def __init__(self, coordinator: Coordinator, token: str, host: str = "127.0.0.1", port: int = 0):
+        if not token:
+            raise ValueError("a service without a token would obey anybody")
+        self._coordinator = coordinator
+        self._token = token.encode()
+        # A message that comes again (its answer got lost) gets the same answer and is not acted on again.
+        self._requests: OrderedDict[str, Future[Reply]] = OrderedDict()
+        self._guard = threading.Lock()
+        service = self
+
+        class Handler(_Handler):
+            def answer(self) -> Reply:
+                return service._answer(self)
+
+        self._server = _Server((host, port), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_address[1])
+
+    @property
+    def url(self) -> str:
+        """Where clients on this host reach it."""
+        return f"http://{self._server.server_address[0]!s}:{self.port}"
+
+    def stop(self, timeout_s: float = 30.0) -> None:
+        """Take no more requests, wait for those under way, close the socket."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(timeout_s)
+        with self._guard:
+            under_way = [future for future in self._requests.values() if not future.done()]
+        wait(under_way, timeout_s)
+
+    def _answer(self, request: "_Handler") -> Reply:
+        """Check the request, then act on it."""
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), self._token):
+            return 401, {"error": "wrong or missing token"}
+        if request.path != "/call":
+            return 404, {"error": "only /call is here"}
+        if request.headers.get_content_type() != "application/json":
+            return 415, {"error": "only application/json is taken"}
+        length = request.headers.get("Content-Length", "")
+        if not length.isascii() or not length.isdigit():
+            return 411, {"error": "Content-Length is needed"}
+        if int(length) > MAX_BODY_BYTES:
+            return 413, {"error": f"more than {MAX_BODY_BYTES} bytes"}
+        try:
+            message = json.loads(request.rfile.read(int(length)))
+            method, arguments, request_id = message["method"], message["arguments"], message.get("request_id")
+            if not isinstance(method, str) or not isinstance(arguments, dict):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return 400, {"error": "not a message: method and arguments are needed"}
+        if request_id and method in ONCE:
+            return self._once(str(request_id), method, arguments)
+        return self._act(method, arguments)
+
+    def _once(self, request_id: str, method: str, arguments: dict[str, Any]) -> Reply:
+        with self._guard:
+            future = self._requests.get(request_id)
+            mine = future is None
+            if future is None:
+                future = self._requests[request_id] = Future()
+                while len(self._requests) > REMEMBERED_REQUESTS:
+                    self._requests.popitem(last=False)
+        if mine:
+            future.set_result(self._act(method, arguments))
+        return future.result()
+
+    def _act(self, method: str, arguments: dict[str, Any]) -> Reply:
+        try:
+            return 200, self._coordinator.handle(method, **arguments)
+        except UserError as error:
+            return 422, {"error": error.message, "kind": "user"}
+        except ValueError as error:
+            return 400, {"error": f"{method}: {error}", "kind": "error"}
+        except Exception as error:
+            # The caller gets one line and raises; the traceback belongs where the fault is.
+            logger.exception("%s failed", method)
+            return 500, {"error": f"{method}: {type(error).__name__}: {error}", "kind": "error"}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    timeout = SOCKET_TIMEOUT_S
+    server_version = "qlora-dist"
+    sys_version = ""
+
+    def answer(self) -> Reply:
+        raise NotImplementedError
+
+    def do_POST(self) -> None:
+        started = time.monotonic()
+        status, answer = self.answer()
+        body = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+        logger.debug("%s %s %d %.3f s", self.client_address[0], self.path, status, time.monotonic() - started)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        logger.debug(format, *args)

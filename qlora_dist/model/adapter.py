@@ -58,10 +58,11 @@ def attach_adapter(
     try:
         with quiet_libraries():
             adapted = get_peft_model(model, lora, adapter_name=ADAPTER)
+        if config.path is None and config.init_lora_weights == "orthogonal":
+            _init_orthogonal(adapted, config.r)
     except ValueError as error:
-        raise UserError(
-            f"{origin}: {str(error).strip().splitlines()[0]}; correct target_modules or its kin."
-        ) from error
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{origin}: PEFT refuses these settings ({reason}); correct them.") from error
     finally:
         torch.default_generator.set_state(global_state)
     for parameter in adapted.parameters():
@@ -200,7 +201,28 @@ def _adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _new_lora(config: AdapterConfig) -> "LoraConfig":
     from peft import LoraConfig
 
-    return LoraConfig(task_type="CAUSAL_LM", **config.model_dump(exclude={"path"}))
+    settings = config.model_dump(exclude={"path"})
+    if config.init_lora_weights == "orthogonal":
+        if config.r % 2:
+            raise UserError(f"adapter.r: init_lora_weights=orthogonal needs an even rank, not {config.r}; change it.")
+        # PEFT's own gives its weights the base's dtype, which fails on 4-bit layers, also when the adapter is loaded.
+        settings["init_lora_weights"] = True
+    return LoraConfig(task_type="CAUSAL_LM", **settings)
+
+
+def _init_orthogonal(adapted: "PeftModel", rank: int) -> None:
+    """A and B random in orthogonal halves of the rank space, so that B A = 0 though neither is.
+
+    Source: https://datta0.github.io/posts/rethink-lora-init (as in PEFT).
+    """
+    weights = trainable_parameters(adapted)
+    for name, a_RI in weights.items():  # R: rank, I: inputs, O: outputs
+        if not name.endswith(".lora_A.weight"):
+            continue
+        b_OR = weights[name.replace(".lora_A.", ".lora_B.")]
+        basis_RR, _ = torch.linalg.qr(torch.randn(rank, rank))
+        a_RI.data = (torch.randn(a_RI.shape[1], rank // 2) @ basis_RR[0::2]).T.contiguous().to(a_RI.device) / 10
+        b_OR.data = (torch.randn(b_OR.shape[0], rank // 2) @ basis_RR[1::2]).to(b_OR.device) / 10
 
 
 def _read_adapter_folder(folder: Path) -> tuple["LoraConfig", dict[str, torch.Tensor]]:
@@ -229,6 +251,7 @@ def _read_adapter_folder(folder: Path) -> tuple["LoraConfig", dict[str, torch.Te
         )
     lora = LoraConfig.from_pretrained(str(folder))
     lora.inference_mode = False
+    lora.init_lora_weights = True  # as PEFT's orthogonal start fails on 4-bit layers; every weight is overwritten
     # PEFT adds the frozen embedding itself where it was a target; the base brings it already.
     return lora, {name: tensor for name, tensor in state.items() if ".base_layer." not in name}
 
@@ -240,9 +263,7 @@ def _check_module_names(model: nn.Module, lora: "LoraConfig", origin: str) -> No
         try:
             matched = any(re.fullmatch(targets, name) for name in names)
         except re.error as error:
-            raise UserError(
-                f"{origin}: target_modules {targets!r} is no valid regular expression ({error})."
-            ) from error
+            raise UserError(f"{origin}: target_modules {targets!r} is no valid pattern ({error}).") from error
         if not matched:
             raise UserError(
                 f"{origin}: target_modules {targets!r} matches no module in full; "
@@ -278,10 +299,10 @@ def _bridge_dtypes(adapted: "PeftModel", dtype: torch.dtype) -> None:
         return
     head = adapted.get_base_model().get_output_embeddings()
     wrappers: list[Any] = [module for module in adapted.modules() if isinstance(module, ModulesToSaveWrapper)]
-    for module in wrappers:
-        trained = module.modules_to_save[ADAPTER]
+    for wrapper in wrappers:
+        trained = wrapper.modules_to_save[ADAPTER]
         trained.register_forward_pre_hook(_inputs_to_fp32)
-        if module is not head:
+        if wrapper is not head:
             trained.register_forward_hook(partial(_output_to, dtype))
 
 

@@ -47,7 +47,7 @@ def test_local_folder(copy: Path) -> None:
     ],
 )
 def test_absent(name: str, sentence: str) -> None:
-    with pytest.raises(UserError, match="model.name") as error:
+    with pytest.raises(UserError, match=r"model\.name") as error:
         resolve_base(ModelConfig(name=name))
     assert sentence in error.value.message
 

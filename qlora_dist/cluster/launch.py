@@ -1,0 +1,66 @@
+"""From a configuration to an exit code: opens the run folder, picks the launcher, tells how the run ended."""
+
+import os
+import sys
+from pathlib import Path
+
+from qlora_dist.cluster.outcome import Outcome
+from qlora_dist.cluster.output import logs_folder
+from qlora_dist.cluster.process import TRAIN
+from qlora_dist.config.errors import UserError
+from qlora_dist.config.load import to_yaml
+from qlora_dist.config.schema import RunConfig
+from qlora_dist.coordinate.rundir import open_run
+
+INTERRUPTED = 130
+
+
+def launch(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> int:
+    """Run the whole run, wherever its workers are.
+
+    Args:
+        train_name: `module:function`, what each worker runs.
+
+    Returns:
+        The exit code: 0 finished, 2 after the sentence of what a person must mend, 130 after Ctrl-C, else 1.
+    """
+    try:
+        outcome = _run(config, run_dir, train_name)
+    except UserError as error:
+        outcome = Outcome(2, error.message)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    if outcome.traceback:
+        print(outcome.traceback, file=sys.stderr)
+    if outcome.message:
+        print(outcome.message, file=sys.stdout if outcome.exit_code == 0 else sys.stderr)
+    if outcome.exit_code == 1:
+        print(f"the workers' output is in {logs_folder(run_dir)}", file=sys.stderr)
+    return outcome.exit_code
+
+
+def _run(config: RunConfig, run_dir: Path, train_name: str) -> Outcome:
+    # Each launcher is imported only where it is used: Ray and torch's agent take seconds.
+    backend = config.launch.backend
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if backend == "ray":
+            raise UserError(
+                "this process is one of torchrun's workers (RANK and WORLD_SIZE are set), but launch.backend is ray; "
+                "set launch.backend=torchrun, or start the command without torchrun"
+            )
+        from qlora_dist.cluster.torchrun import run_as_worker
+
+        return run_as_worker(config, run_dir, train_name)
+    open_run(run_dir, to_yaml(config))
+    if backend == "torchrun":
+        from qlora_dist.cluster.torchrun import run_with_torchrun
+
+        return run_with_torchrun(config, run_dir, train_name)
+    if backend == "none":
+        from qlora_dist.cluster.plain import run_plain
+
+        return run_plain(config, run_dir, train_name)
+    from qlora_dist.cluster.ray_driver import run_with_ray
+
+    return run_with_ray(config, run_dir, train_name)

@@ -1,0 +1,39 @@
+"""What a worker process runs, and on which device, where the launcher does not decide it."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from qlora_dist.config.errors import UserError
+from qlora_dist.config.schema import RunConfig
+
+# (RunConfig, train.worker.Worker) -> None, importable by name on every node.
+TrainFunction = Callable[[RunConfig, Any], None]
+TRAIN = "qlora_dist.train.worker:train"
+
+
+def import_function(name: str) -> TrainFunction:
+    """The function that `module:function` names."""
+    module, _, function = name.partition(":")
+    found: TrainFunction = getattr(importlib.import_module(module), function)
+    return found
+
+
+def choose_device(config: RunConfig, local_rank: int) -> torch.device:
+    """This process's device where the launcher does not decide it.
+
+    Raises:
+        UserError: `launch.device` asks for a GPU that this machine does not have.
+    """
+    count = torch.cuda.device_count()
+    wanted = config.launch.device
+    if wanted == "cpu" or (wanted == "auto" and count == 0):
+        return torch.device("cpu")
+    if local_rank >= count:
+        raise UserError(
+            f"launch.device={wanted} needs a GPU for each worker of this machine, but local rank {local_rank} finds "
+            f"{count}; start fewer workers here or set launch.device=cpu"
+        )
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,241 @@
+"""Runs the workers on a Ray cluster, with Ray Train.
+
+Waiting times on two cores, two CPU workers: 3 s for a local cluster, 9 s from `fit` to the first line of the workers
+(imports, in the controller and then in the workers), 5 s to a new worker group after a SIGKILL, 0.5 s to notice one.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, ScalingConfig
+from ray.train.v2.api.config import RunConfig as RayRunConfig
+
+from qlora_dist.cluster.actor import NAMESPACE, start_coordinator
+from qlora_dist.cluster.group_watch import ATTEMPT_VARIABLE, GroupWatch, RunStopped, WorkersConnect
+from qlora_dist.cluster.outcome import Outcome, read_outcome
+from qlora_dist.cluster.output import Follower, logs_folder, next_attempt, rank_log, send_output_to
+from qlora_dist.cluster.process import TRAIN, import_function
+from qlora_dist.config.errors import UserError
+from qlora_dist.config.schema import RunConfig
+from qlora_dist.coordinate.rundir import read_run
+
+POLL_S = 0.5
+PROBE_TIMEOUT_S = 5.0
+# Ray's least; nothing of ours goes through the object store.
+OBJECT_STORE_BYTES = 80 << 20
+
+
+def run_with_ray(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> Outcome:
+    """Run the workers of an opened run folder on a Ray cluster until the run has ended.
+
+    Joins `launch.address` (or RAY_ADDRESS, which `ray job submit` sets), else starts a local cluster and stops it in
+    the end. Rank 0's output appears on stdout as it is; all ranks' is kept in the run folder's logs/.
+
+    Args:
+        train_name: `module:function`, what each worker runs.
+
+    Raises:
+        UserError: the cluster cannot be reached, or can never hold the workers.
+    """
+    run_dir = run_dir.resolve()
+    info = read_run(run_dir)
+    with _ray_settings(config), _cluster(config):
+        resources = worker_resources(config)
+        check_room(config, resources)
+        client = start_coordinator(config, run_dir, info.run_id)
+        client.call("start_job", launcher="ray", host=socket.gethostname(), pid=os.getpid())
+        attempt = next_attempt(run_dir)
+        trainer = TorchTrainer(
+            run_worker,
+            train_loop_config={
+                "config": config, "client": client, "run_dir": run_dir, "nonce": info.nonce,
+                "train_name": train_name,
+            },
+            torch_config=WorkersConnect(),
+            scaling_config=ScalingConfig(
+                num_workers=config.launch.num_workers, use_gpu="GPU" in resources, resources_per_worker=resources
+            ),
+            run_config=RayRunConfig(  # type: ignore[arg-type]  # annotated with the class of Ray Train v1
+                # Ray insists on a folder for checkpoints of its own, of which there are none.
+                name="ray",
+                storage_path=str(run_dir),
+                # The coordinator decides; see GroupWatch.
+                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
+                callbacks=[GroupWatch(client, run_dir, attempt, config.launch.max_restarts)],  # type: ignore[list-item]
+                logging_config=LoggingConfig(log_level="WARNING"),
+            ),
+        )  # fmt: skip
+        logs_folder(run_dir).mkdir(exist_ok=True)
+        error = _fit(trainer, Follower(run_dir, attempt), logs_folder(run_dir) / "ray.log")
+        cause = getattr(error, "controller_failure", error)
+        if isinstance(cause, RunStopped):
+            if cause.exit_code == 2:
+                return Outcome(2, cause.reason)
+            return read_outcome(client, cause.reason, cause.traceback)
+        if error is not None:
+            raise error
+        return read_outcome(client)
+
+
+def run_worker(settings: dict[str, Any]) -> None:
+    """What Ray Train calls in each worker."""
+    # Here and not above: the driver has no use for the training stack.
+    from qlora_dist.train.worker import Worker
+
+    rank = int(os.environ["RANK"])
+    send_output_to(rank_log(settings["run_dir"], int(os.environ[ATTEMPT_VARIABLE]), rank))
+    worker = Worker(
+        rank=rank,
+        world_size=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        device=get_device(),
+        client=settings["client"],
+        run_dir=settings["run_dir"],
+        nonce=settings["nonce"],
+    )
+    import_function(settings["train_name"])(settings["config"], worker)
+
+
+def _fit(trainer: TorchTrainer, follower: Follower, ray_log: Path) -> Exception | None:
+    """Run to the end, showing the workers' output meanwhile; the exception that `fit` raised, if it did.
+
+    `fit` runs in a thread of its own: in the main thread Ray would take over Ctrl-C, and exit 0 after it.
+    """
+    errors: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    # What Ray prints of its own (a paragraph for each worker that dies) is for whoever looks for it.
+    with open(ray_log, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.2)
+            follower.show_new()
+    follower.show_new()
+    return errors[0] if errors else None
+
+
+@contextlib.contextmanager
+def _ray_settings(config: RunConfig) -> Iterator[None]:
+    """Ray Train's waiting times and habits, which it reads from the driver's environment."""
+    launch = config.launch
+    ours = {
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_S),
+        # For a worker that hangs alone; where there are more, the others' collectives find it.
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(launch.collective_timeout_s),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(launch.start_timeout_s),
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    }
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ |= ours
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _cluster(config: RunConfig) -> Iterator[None]:
+    """A connection to a Ray cluster: the caller's, the one at `launch.address`, or a local one that ends with it."""
+    if ray.is_initialized():
+        yield
+        return
+    address = config.launch.address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        launch = config.launch
+        needed = launch.num_workers * launch.cpus_per_worker
+        ray.init(
+            address="local",
+            # Two workers on one core are slow but right; Ray would wait for a second core for ever.
+            num_cpus=max(needed, psutil.cpu_count() or 1),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **options,
+        )
+    else:
+        probe_address(address)
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, ValueError) as error:
+            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"launch.address={address} is no Ray cluster that can be joined: {first_line}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def probe_address(address: str) -> None:
+    """Refuse in seconds what `ray.init` would try for minutes before it ends the process.
+
+    Raises:
+        UserError: nobody listens there, or it is an address of another kind.
+    """
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        raise UserError(
+            f"launch.address={address} is not of the form HOST:PORT; give the address that `ray start --head` printed, "
+            "or submit the command to the cluster with `ray job submit`"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_TIMEOUT_S).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray cluster answers at launch.address={address} ({error}); start one there with `ray start --head`, "
+            "or leave launch.address out for a local one"
+        ) from error
+
+
+def worker_resources(config: RunConfig) -> dict[str, float]:
+    """What one worker asks Ray for: CPUs, and a GPU unless the cluster has none or the config wants none."""
+    resources = {"CPU": float(config.launch.cpus_per_worker)}
+    wanted = config.launch.device
+    if wanted == "cuda" or (wanted == "auto" and ray.cluster_resources().get("GPU", 0) > 0):
+        resources["GPU"] = 1.0
+    return resources
+
+
+def check_room(config: RunConfig, resources: dict[str, float]) -> None:
+    """Refuse a worker group that the cluster's nodes can never hold, whoever uses them now.
+
+    Raises:
+        UserError: with what is needed and what is there.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min(int(node.get(name, 0) // amount) for name, amount in resources.items()) for node in nodes)
+    workers = config.launch.num_workers
+    if room >= workers:
+        return
+    needed = " and ".join(f"{amount * workers:g} {name}s" for name, amount in resources.items())
+    found = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}s" for name in resources)
+    mend = "set launch.device=cpu, or lower" if "GPU" in resources and config.launch.device == "auto" else "lower"
+    raise UserError(
+        f"launch.num_workers={workers} needs {needed}, and the Ray cluster has {found} on {len(nodes)} node(s), room "
+        f"for {room} worker(s); {mend} launch.num_workers or launch.cpus_per_worker, or join a larger cluster with "
+        "launch.address"
+    )

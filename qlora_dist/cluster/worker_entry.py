@@ -1,0 +1,48 @@
+"""What our torchrun starts: `python -m qlora_dist.cluster.worker_entry RUN_DIR ATTEMPT MODULE:FUNCTION`."""
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+from qlora_dist.cluster.address_file import read_address
+from qlora_dist.cluster.output import rank_log, send_output_to
+from qlora_dist.cluster.process import choose_device, import_function
+from qlora_dist.cluster.torchrun import KEY_VARIABLE
+from qlora_dist.config.load import load_config
+from qlora_dist.coordinate.client import HttpClient
+from qlora_dist.coordinate.rundir import CONFIG_FILE, read_run
+from qlora_dist.train.worker import Worker
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(run_dir: Path, attempt: int, train_name: str) -> None:
+    """Be one worker."""
+    end_with_parent()
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if rank != 0:
+        send_output_to(rank_log(run_dir, attempt, rank))
+    config = load_config(run_dir / CONFIG_FILE)
+    url, token = read_address(run_dir, os.environ[KEY_VARIABLE], config.launch.start_timeout_s)
+    worker = Worker(
+        rank=rank,
+        world_size=int(os.environ["WORLD_SIZE"]),
+        local_rank=local_rank,
+        device=choose_device(config, local_rank),
+        client=HttpClient(url, token),
+        run_dir=run_dir,
+        nonce=read_run(run_dir).nonce,
+    )
+    import_function(train_name)(config, worker)
+
+
+def end_with_parent() -> None:
+    """Have Linux kill this process when the launcher dies: a killed launcher cannot end its workers itself."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,6 +1,8 @@
 """Fixtures that all tests share."""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pathlib import Path
 
 import pytest

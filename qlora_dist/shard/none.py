@@ -43,7 +43,7 @@ class Unsharded:
     def load_full_state(self, state: FullState) -> None:
         """See `Strategy.load_full_state`."""
         load_adapter_state(self.model, state.adapter)
-        load_optimizer_state(self.optimizer, self.parameters, state.optimizer, state.optimizer_numbers)
+        load_optimizer_state(self.optimizer, self.parameters, state.optimizer, state.optimizer_scalars)
 
 
 def clip_gradients(grads: list[Tensor], max_norm: float, loss_scale: float) -> Tensor:

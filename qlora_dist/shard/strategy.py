@@ -16,12 +16,12 @@ class FullState:
 
     adapter: tensors under PEFT's names.
     optimizer: tensors under `PARAMETER|KEY`.
-    optimizer_numbers: the state's plain numbers under the same kind of name.
+    optimizer_scalars: the state's plain numbers under the same kind of name.
     """
 
     adapter: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    optimizer_numbers: dict[str, float]
+    optimizer_scalars: dict[str, float]
 
 
 class Strategy(Protocol):

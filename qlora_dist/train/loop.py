@@ -46,7 +46,7 @@ class Loop:
     total_steps: int
     progress: Progress
     identity: dict[str, Any]
-    adapter_config: bytes
+    adapter_config: dict[str, Any]
     heartbeat: Heartbeat
     metrics: MetricsLog | None
     writer: BackgroundWriter | None
@@ -197,7 +197,7 @@ class Loop:
                     adapter=state.adapter,
                     adapter_config=self.adapter_config,
                     optimizer=state.optimizer,
-                    optimizer_numbers=state.optimizer_numbers,
+                    optimizer_scalars=state.optimizer_scalars,
                     state={"progress": self.progress.to_dict(), "identity": self.identity},
                     config_yaml=to_yaml(self.config),
                 ),

@@ -1,5 +1,6 @@
 """The life of a worker, top to bottom. It knows its rank, device and coordinator, and not who started it."""
 
+import json
 import os
 import secrets
 import socket
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qlora_dist.checkpoint.format import Snapshot, read_snapshot
-from qlora_dist.checkpoint.manifest import best_checkpoint, resolve_resume
+from qlora_dist.checkpoint.manifest import list_checkpoints, resolve_resume
 from qlora_dist.checkpoint.writer import BackgroundWriter
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import RunConfig
@@ -101,7 +102,7 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
     lead = worker.rank == 0
     note = partial(tell, worker, generation) if lead else _ignore
     check_shared(worker.run_dir, worker.nonce)
-    resume_from = agree(worker, resume_path(config, worker) if lead else None)
+    resume_from = agree(worker, resume_path(config, worker, note) if lead else None)
 
     folder = resolve_base(config.model)
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
@@ -128,7 +129,7 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
         config=config, rank=worker.rank, world_size=worker.world_size, device=worker.device, model=model,
         strategy=strategy, schedule=build_schedule(config.train, total_steps), compute_dtype=dtype,
         pad_token_id=tokenizer.pad_token_id, order=order, train_table=train_table, eval_table=eval_table,
-        total_steps=total_steps, progress=progress, identity=identity, adapter_config=adapter_config_json(model),
+        total_steps=total_steps, progress=progress, identity=identity, adapter_config=json.loads(adapter_config_json(model)),
         heartbeat=heartbeat,
         metrics=MetricsLog(worker.run_dir, generation, progress.step) if lead else None,
         writer=BackgroundWriter(worker.run_dir, worker.client, generation) if lead else None,
@@ -169,10 +170,10 @@ def agree(worker: Worker, value: Any) -> Any:
     return box[0]
 
 
-def resume_path(config: RunConfig, worker: Worker) -> str | None:
+def resume_path(config: RunConfig, worker: Worker, note: Any) -> str | None:
     """The checkpoint to go on from, as `resume` and the run folder have it; None to start from scratch."""
     outcome = worker.client.call("outcome")
-    path = resolve_resume(worker.run_dir, config.resume, outcome["started_generation"])
+    path = resolve_resume(worker.run_dir, config.resume, outcome["started_generation"], partial(note, "notice"))
     return None if path is None else str(path)
 
 
@@ -203,7 +204,7 @@ def resume(checkpoint: Path, strategy: Strategy, identity: dict[str, Any]) -> Pr
                 f"{checkpoint} was made with a different {name} ({shown}), so this run cannot go on from it; "
                 f"put {name} back as it was, or choose another output_dir"
             )
-    strategy.load_full_state(FullState(snapshot.adapter, snapshot.optimizer, snapshot.optimizer_numbers))
+    strategy.load_full_state(FullState(snapshot.adapter, snapshot.optimizer, snapshot.optimizer_scalars))
     return Progress.from_dict(snapshot.state["progress"])
 
 
@@ -211,7 +212,7 @@ def finish(loop: Loop, worker: Worker, tokenizer: Any, generation: int) -> None:
     """Write the final adapter, answer the sample prompts, and tell the coordinator that the run is done."""
     progress, config, model = loop.progress, loop.config, loop.model
     if config.eval.load_best_model_at_end and progress.best_step != progress.step:
-        best = agree(worker, str(best_checkpoint(worker.run_dir)) if worker.rank == 0 else None)
+        best = agree(worker, str(best_checkpoint(worker.run_dir, progress.best_step)) if worker.rank == 0 else None)
         load_adapter_state(model, read_snapshot(Path(best)).adapter)
     samples: list[dict[str, str]] = []
     if loop.eval_table is not None and config.eval.sample_prompts:
@@ -236,6 +237,11 @@ def finish(loop: Loop, worker: Worker, tokenizer: Any, generation: int) -> None:
                 "stopped_early": loop.stopped_early(),
             },
         )  # fmt: skip
+
+
+def best_checkpoint(run_dir: Path, step: int) -> Path:
+    """The newest checkpoint of `step`, which `checkpoint.keep_best` has kept."""
+    return next(checkpoint.path for checkpoint in list_checkpoints(run_dir) if checkpoint.step == step)
 
 
 def gather_in_turn(worker: Worker, mine: list[Any]) -> list[Any]:

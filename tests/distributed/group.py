@@ -1,0 +1,89 @@
+"""Real worker groups for tests: processes over gloo that run the project's own `train`, one coordinator service."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_dist.config.load import to_yaml
+from qlora_dist.config.schema import RunConfig
+from qlora_dist.coordinate.rundir import open_run
+from qlora_dist.coordinate.service import CoordinatorService
+from qlora_dist.coordinate.state import Coordinator
+from qlora_dist.track.metrics import read_metrics
+
+TOKEN = "of-this-test"
+Sabotage = Callable[[int], None]
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def train_in_group(configs: Sequence[RunConfig], world_size: int, sabotage: Sabotage | None = None) -> list[dict]:
+    """Train each of `configs` in turn with `world_size` processes; return each run's outcome.
+
+    Args:
+        sabotage: a module-level function called with the rank in every process first, to break something on purpose.
+    """
+    services, plans = [], []
+    try:
+        for config in configs:
+            info = open_run(config.run_dir, to_yaml(config))
+            service = CoordinatorService(Coordinator(config.run_dir), TOKEN)
+            services.append(service)
+            plans.append((config, service.url, info.nonce, free_port()))
+        context = multiprocessing.get_context("spawn")
+        processes = [
+            context.Process(target=_worker_process, args=(rank, world_size, plans, sabotage))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout=300)
+        assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
+        return [Coordinator(config.run_dir).outcome() for config in configs]
+    finally:
+        for process in processes:
+            process.kill()
+        for service in services:
+            service.stop()
+
+
+def _worker_process(rank: int, world_size: int, plans: list[tuple[Any, ...]], sabotage: Sabotage | None) -> None:
+    import torch
+
+    from qlora_dist.coordinate.client import HttpClient
+    from qlora_dist.train.worker import Worker, train
+
+    torch.set_num_threads(1)
+    if sabotage is not None:
+        sabotage(rank)
+    for config, url, nonce, port in plans:
+        os.environ |= {
+            "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+        client = HttpClient(url, TOKEN)
+        try:
+            train(config, Worker(rank, world_size, rank, torch.device("cpu"), client, config.run_dir, nonce))
+        except Exception:
+            traceback.print_exc()
+            raise
+
+
+def series(run_dir: Path, metric: str) -> dict[int, float]:
+    """One value a step of a metric in metrics.jsonl; asserts that no step has two."""
+    values: dict[int, float] = {}
+    for record in read_metrics(run_dir):
+        if metric in record:
+            assert record["step"] not in values, f"{metric} of step {record['step']} is there twice"
+            values[record["step"]] = record[metric]
+    return values

@@ -178,9 +178,10 @@ class Loop:
                 eval_seconds=time.monotonic() - started,
             )  # fmt: skip
         self.last_eval = (self.progress.step, eval_loss)
-        improved = self.progress.note_evaluation(eval_loss, self.config.eval)
+        # The untrained adapter has no checkpoint, so it is never the best one.
+        improved = self.progress.step > 0 and self.progress.note_evaluation(eval_loss, self.config.eval)
         self.interval_start = time.monotonic()
-        return improved and self.progress.step > 0 and self.config.checkpoint.keep_best > 0
+        return improved and self.config.checkpoint.keep_best > 0
 
     def save(self) -> None:
         """Hand a snapshot to the background writer, unless this step has one or is in the middle of bad steps."""

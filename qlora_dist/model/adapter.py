@@ -297,7 +297,8 @@ def _bridge_dtypes(adapted: "PeftModel", dtype: torch.dtype) -> None:
 
     if dtype == torch.float32:
         return
-    head = adapted.get_base_model().get_output_embeddings()
+    base: Any = adapted.get_base_model()
+    head = base.get_output_embeddings()
     wrappers: list[Any] = [module for module in adapted.modules() if isinstance(module, ModulesToSaveWrapper)]
     for wrapper in wrappers:
         trained = wrapper.modules_to_save[ADAPTER]

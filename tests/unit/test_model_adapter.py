@@ -166,15 +166,19 @@ def test_names_do_not_depend_on_wrappers(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_masters_are_fp32_in_a_bf16_model(tiny_model: Path, autocast: bool) -> None:
-    config = AdapterConfig(modules_to_save=["lm_head", "embed_tokens", "norm"])
+@pytest.mark.parametrize("saved", [None, ["lm_head"], ["norm"], ["lm_head", "embed_tokens", "norm"]])
+def test_masters_are_fp32_in_a_bf16_model(tiny_model: Path, autocast: bool, saved: list[str] | None) -> None:
+    config = AdapterConfig(modules_to_save=saved)
     model = attach_adapter(base(tiny_model, compute_dtype="bf16"), config, seed=1)
     reference = attach_adapter(base(tiny_model, compute_dtype="fp32"), config, seed=1)
     assert {parameter.dtype for parameter in trainable_parameters(model).values()} == {torch.float32}
     disturb(model)
     disturb(reference)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        loss = model(IDS, labels=IDS).loss
+        output = model(IDS, labels=IDS, output_hidden_states=True)
+        loss = output.loss
+    # The stream between layers stays in bf16, else an fp32 embedding would double its memory.
+    assert {hidden.dtype for hidden in output.hidden_states} == {torch.bfloat16}
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable_parameters(model).values())
     # bf16 keeps 8 bits, and a loss of about 6 averages over 78 tokens: 1 % is several times what is seen.

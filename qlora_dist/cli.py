@@ -28,8 +28,13 @@ Overrides = Annotated[
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Fine-tune: run what CONFIG says; the same command again resumes it."""
     from qlora_dist.cluster.launch import launch
+    from qlora_dist.track.terminal import watching
 
-    raise typer.Exit(launch(load_config(config, overrides or [])))
+    run_config = load_config(config, overrides or [])
+    run_dir = run_config.run_dir.absolute()
+    with watching(run_dir):
+        code = launch(run_config, run_dir)
+    raise typer.Exit(code)
 
 
 @config_app.command("show")
@@ -120,3 +125,7 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error.message}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,6 +22,9 @@ def build_optimizer(
     Paged optimizers keep state in memory that can leave a GPU under pressure. A CPU has no such thing: there they
     run unpaged, and `notice` is told so.
     """
+    # bitsandbytes takes a second to import and talks while doing so; the model room has it muted by now.
+    import bitsandbytes as bnb
+
     device = next(iter(parameters.values())).device
     betas = (config.adam_beta1, config.adam_beta2)
     adam: dict[str, Any] = dict(
@@ -90,7 +92,7 @@ def load_optimizer_state(
     for index, (name, parameter) in enumerate(parameters.items()):
         if not stored[name]:
             continue
-        if isinstance(optimizer, bnb.optim.optimizer.Optimizer8bit):
+        if hasattr(optimizer, "init_state"):
             _load_into_bitsandbytes(optimizer, name, parameter, index, stored[name])
         else:
             if "state1" in stored[name]:

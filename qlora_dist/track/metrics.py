@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ class MetricsLog:
     def write(self, step: int, **values: float | int | bool | None) -> None:
         """Append one record; a value that is not finite becomes null, which JSON can hold."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, "attempt": self.attempt, **finite}) + "\n")
+        record = {"step": step, "attempt": self.attempt, "time": round(time.time(), 3), **finite}
+        self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from qlora_dist.track.metrics import FILE as METRICS_FILE
+from qlora_dist.track.metrics import read_metrics
 
 POLL_S = 0.5
 PLAIN_LINES_EVERY_S = 10.0
@@ -46,7 +47,7 @@ class View:
     """Prints a run's events and metrics: a progress bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, run_dir: Path, console: Console):
-        self.console = console
+        self.run_dir, self.console = run_dir, console
         self.events = Tail(run_dir / "events.jsonl", from_end=True)
         self.metrics = Tail(run_dir / METRICS_FILE, from_end=True)
         self.status = run_dir / "status.json"
@@ -60,12 +61,15 @@ class View:
         self.task: TaskID | None = None
 
     def poll(self) -> None:
-        """Show what is new."""
-        for event in self.events.records():
-            self.show_event(event)
+        """Show what is new, in the order in which it happened."""
         latest = None
-        for record in self.metrics.records():
-            if "eval_loss" in record:
+        for record in sorted([*self.events.records(), *self.metrics.records()], key=lambda record: record["time"]):
+            if "kind" in record:
+                if record["kind"] == "finished" and latest is not None:
+                    self.show_step(latest)
+                    latest = None
+                self.show_event(record)
+            elif "eval_loss" in record:
                 self.show_evaluation(record)
             elif record["step"] > self.seen_step:
                 self.seen_step, latest = record["step"], record
@@ -90,6 +94,27 @@ class View:
         elif kind == "restart":
             verb = "restarting" if event["restart"] else "not restarting"
             self.line("failed", f"{verb}: {event['reason']}", style="yellow")
+        elif kind == "finished":
+            self.show_end(event["step"], event["summary"])
+
+    def show_end(self, step: int, summary: dict[str, Any]) -> None:
+        """What came of the run: held-out loss, the adapter, and sample answers."""
+        if self.task is not None:
+            self.bar.stop()
+        losses = [r["eval_loss"] for r in read_metrics(self.run_dir) if r.get("eval_loss") is not None]
+        early = ", stopped early" if summary["stopped_early"] else ""
+        skipped = f", {summary['skipped_steps']} non-finite steps skipped" if summary["skipped_steps"] else ""
+        fell = ""
+        if len(losses) > 1:
+            change = 100 * (losses[-1] / losses[0] - 1)
+            fell = f"; held-out loss {losses[0]:.4f} -> {losses[-1]:.4f} ({change:+.0f} %)"
+        self.line("done", f"{step} steps{early}{skipped}{fell}")
+        self.line("adapter", summary["adapter"])
+        for sample in summary["samples"]:
+            self.console.print()
+            for label in ("prompt", "expected", "before", "after"):
+                style = {"before": "red", "after": "green"}.get(label, "")
+                self.line(label, _shorten(sample[label]), style)
 
     def show_evaluation(self, record: dict[str, Any]) -> None:
         """One line for a held-out loss."""
@@ -136,6 +161,11 @@ class View:
         """Print one line."""
         self.console.print(f"[dim]{label:>8}[/dim]  ", end="", highlight=False)
         self.console.print(text, style=style or None, highlight=False, markup=False, soft_wrap=True)
+
+
+def _shorten(text: str, length: int = 160) -> str:
+    one_line = " ".join(text.split())
+    return one_line if len(one_line) <= length else one_line[: length - 3] + "..."
 
 
 def _clock(seconds: float) -> str:

@@ -112,7 +112,9 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
     describe_data(note, train_table, eval_table, config, total_steps)
 
     dtype = compute_dtype(config.model, worker.device)
-    model = attach_adapter(load_base(config.model, folder, worker.device), config.adapter, config.seed)
+    model = attach_adapter(
+        load_base(config.model, folder, worker.device), config.adapter, config.seed, config.model.revision
+    )
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     describe_model(note, model, config, dtype)
@@ -129,8 +131,8 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
         config=config, rank=worker.rank, world_size=worker.world_size, device=worker.device, model=model,
         strategy=strategy, schedule=build_schedule(config.train, total_steps), compute_dtype=dtype,
         pad_token_id=tokenizer.pad_token_id, order=order, train_table=train_table, eval_table=eval_table,
-        total_steps=total_steps, progress=progress, identity=identity, adapter_config=json.loads(adapter_config_json(model)),
-        heartbeat=heartbeat,
+        total_steps=total_steps, progress=progress, identity=identity,
+        adapter_config=json.loads(adapter_config_json(model)), heartbeat=heartbeat,
         metrics=MetricsLog(worker.run_dir, generation, progress.step) if lead else None,
         writer=BackgroundWriter(worker.run_dir, worker.client, generation) if lead else None,
     )  # fmt: skip

@@ -142,21 +142,21 @@ class Loop:
         """Write one record for each step since the last call; the one place where the host waits for the device."""
         if not self.unlogged:
             return
-        steps = [(step, float(loss), float(norm), *rest) for step, loss, norm, *rest in self.unlogged]
+        losses = [float(loss) for _, loss, *_ in self.unlogged]
         seconds = time.monotonic() - self.interval_start
-        tokens_per_second = sum(record[4] for record in steps) / seconds
-        loss_tokens_per_second = sum(record[5] for record in steps) / seconds
+        tokens_per_second = sum(record[4] for record in self.unlogged) / seconds
+        loss_tokens_per_second = sum(record[5] for record in self.unlogged) / seconds
         if self.metrics is not None:
-            for step, loss, norm, learning_rate, *_ in steps:
+            for loss, (step, _, norm, learning_rate, *_) in zip(losses, self.unlogged, strict=True):
                 self.metrics.write(
-                    step, loss=loss, grad_norm=norm, learning_rate=learning_rate,
+                    step, loss=loss, grad_norm=float(norm), learning_rate=learning_rate,
                     epoch=step / self.order.steps_per_epoch, tokens_per_second=tokens_per_second,
-                    loss_tokens_per_second=loss_tokens_per_second, seconds_per_step=seconds / len(steps),
+                    loss_tokens_per_second=loss_tokens_per_second, seconds_per_step=seconds / len(losses),
                     skipped_steps=self.progress.skipped_steps,
                 )  # fmt: skip
         self.heartbeat.metrics = {
-            "tokens_per_second": tokens_per_second / self.world_size, "loss": steps[-1][1],
-            "max_steps": self.total_steps, "seconds_per_step": seconds / len(steps),
+            "tokens_per_second": tokens_per_second / self.world_size, "loss": losses[-1],
+            "max_steps": self.total_steps, "seconds_per_step": seconds / len(losses),
         }  # fmt: skip
         self.unlogged.clear()
         self.interval_start = time.monotonic()

@@ -7,9 +7,11 @@ import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -79,7 +81,7 @@ def loss_sum(model: nn.Module, batch: MicroBatch) -> Tensor:
 
 
 def _can_select_logits(model: nn.Module) -> bool:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 

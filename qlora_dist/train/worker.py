@@ -112,15 +112,14 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
     describe_data(note, train_table, eval_table, config, total_steps)
 
     dtype = compute_dtype(config.model, worker.device)
-    model = attach_adapter(
-        load_base(config.model, folder, worker.device), config.adapter, config.seed, config.model.revision
-    )
+    base = load_base(config.model, folder, worker.device)
+    adapted = attach_adapter(base, config.adapter, config.seed, config.model.revision)
     if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    describe_model(note, model, config, dtype)
+        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    describe_model(note, adapted, config, dtype)
 
     strategy = make_strategy(config.strategy)
-    model = strategy.apply(model, partial(build_optimizer, config=config.train, notice=partial(note, "notice")))
+    model = strategy.apply(adapted, partial(build_optimizer, config=config.train, notice=partial(note, "notice")))
     identity = run_identity(config, folder, train_table)
     progress = Progress(loss_scale=LossScale.for_dtype(dtype))
     if resume_from is not None:

@@ -115,18 +115,21 @@ def test_sigkill_at_random_moments_of_large_writes(run_dir: Path, tmp_path: Path
     promised, generator, kills, torn = tmp_path / "promised", random.Random(0), 0, 0
     started = time.monotonic()
     fork(commit_child.train, run_dir, "measured", promised, 2, 2_000_000, 0).join(60)
-    whole_s = time.monotonic() - started
-    for n in range(30):
+    span_s = time.monotonic() - started
+    for n in range(120):
         child = fork(commit_child.train, run_dir, f"attempt-{n}", promised, 2, 2_000_000, 0)
-        child.join(whole_s * generator.random())
+        child.join(span_s * generator.random())
         child.kill()
         child.join()
-        kills += child.exitcode == -signal.SIGKILL
-        torn += bool(leftovers(run_dir))
+        killed, half = child.exitcode == -signal.SIGKILL, bool(leftovers(run_dir))
+        kills, torn = kills + killed, torn + (killed and half)
+        # The speed of a shared disk changes: aim later when kills come before the write, earlier when after the end.
+        span_s *= 0.9 if not killed else 1.0 if half else 1.05
         check_nothing_lost(run_dir, promised)
-    assert kills > 15
-    assert torn > 5
-    assert check_nothing_lost(run_dir, promised) > 3
+        if kills >= 30 and torn >= 8:
+            break
+    assert kills >= 30
+    assert torn >= 8
     child = fork(commit_child.train, run_dir, "last", promised, 1, 1000, 0)
     child.join(30)
     assert child.exitcode == 0

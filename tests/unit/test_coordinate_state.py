@@ -106,6 +106,7 @@ def test_the_generation_survives_the_coordinator_and_even_the_log(run_dir: Path)
     c = coordinator(run_dir)
     assert c.status()["last_checkpoint"]["step"] == 5
     assert c.start_job() == {"started_generation": 1}
+    assert c.outcome()["started_generation"] == 1
     assert join(c, "three") == 2
 
 

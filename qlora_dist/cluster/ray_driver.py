@@ -142,6 +142,8 @@ def _ray_settings(config: RunConfig) -> Iterator[None]:
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(launch.start_timeout_s),
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
+        # A notice that a node will be reclaimed has no use before groups can shrink; the watcher costs a process.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
     }
     before = {name: os.environ.get(name) for name in ours}
@@ -233,7 +235,7 @@ def check_room(config: RunConfig, resources: dict[str, float]) -> None:
         return
     needed = " and ".join(f"{amount * workers:g} {name}s" for name, amount in resources.items())
     found = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}s" for name in resources)
-    mend = "set launch.device=cpu, or lower" if "GPU" in resources and config.launch.device == "auto" else "lower"
+    mend = "set launch.device=cpu, or lower" if "GPU" in resources else "lower"
     raise UserError(
         f"launch.num_workers={workers} needs {needed}, and the Ray cluster has {found} on {len(nodes)} node(s), room "
         f"for {room} worker(s); {mend} launch.num_workers or launch.cpus_per_worker, or join a larger cluster with "

@@ -56,7 +56,13 @@ def run_with_torchrun(config: RunConfig, run_dir: Path, train_name: str = TRAIN)
     service = CoordinatorService(coordinator, token)
     write_address(run_dir, service.url, token, key)
     try:
-        with _environment({KEY_VARIABLE: key, "OMP_NUM_THREADS": str(config.launch.cpus_per_worker)}):
+        settings = {
+            KEY_VARIABLE: key,
+            "OMP_NUM_THREADS": str(config.launch.cpus_per_worker),
+            # Seconds between SIGTERM and SIGKILL; a stopped worker hears only the second.
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",
+        }
+        with _environment(settings):
             while True:
                 reason = _run_attempt(config, run_dir, client, train_name)
                 if reason is None:
@@ -100,6 +106,9 @@ def _run_attempt(config: RunConfig, run_dir: Path, client: CoordinatorClient, tr
 
 
 def _explain(error: ChildFailedError, client: CoordinatorClient) -> str:
+    told = client.call("outcome")
+    if told["state"] == "failed" and told["message"]:
+        return str(told["message"])
     # Those that torch's agent ended itself, after the first failure, died of SIGTERM.
     killed = {r: f for r, f in error.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM}
     if killed:
@@ -108,9 +117,6 @@ def _explain(error: ChildFailedError, client: CoordinatorClient) -> str:
             f"rank {rank} (host {host}, pid {failure.pid}) died of {signal.Signals(-failure.exitcode).name}"
             for rank, failure in sorted(killed.items())
         )
-    told = client.call("outcome")
-    if told["state"] == "failed" and told["message"]:
-        return str(told["message"])
     rank, failure = error.get_first_failure()
     return f"rank {rank} (pid {failure.pid}) ended with exit code {failure.exitcode}"
 

@@ -18,8 +18,8 @@ from qlora_dist.train.worker import Worker
 PR_SET_PDEATHSIG = 1
 
 
-def main(run_dir: Path, attempt: int, train_name: str) -> None:
-    """Be one worker."""
+def main(run_dir: Path, attempt: int, train_name: str) -> int:
+    """Be one worker; the exit code."""
     end_with_parent()
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if rank != 0:
@@ -36,6 +36,8 @@ def main(run_dir: Path, attempt: int, train_name: str) -> None:
         nonce=read_run(run_dir).nonce,
     )
     import_function(train_name)(config, worker)
+    # Anything but 0 makes torch's agent end the other ranks, which may not have noticed yet.
+    return 2 if worker.client.call("outcome")["kind"] == "user" else 0
 
 
 def end_with_parent() -> None:
@@ -45,4 +47,4 @@ def end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))

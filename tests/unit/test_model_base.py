@@ -84,7 +84,7 @@ def test_cache_is_a_stock_model_and_bit_identical(
     stamp = (tmp_path / "nf4" / "quantized_cache.json").stat().st_mtime_ns
     read = load_base(config, tiny_model, CPU)
     assert (tmp_path / "nf4" / "quantized_cache.json").stat().st_mtime_ns == stamp
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", device_map={"": "cpu"})
     # In evaluation, bitsandbytes computes in bf16 on CPUs with AVX512-BF16; training mode is exact and has no dropout.
     stock.train()
     expected = direct.state_dict()
@@ -102,7 +102,7 @@ def test_cache_is_a_stock_model_and_bit_identical(
 
 def test_stock_quantisation_gives_the_same_model(tiny_model: Path) -> None:
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    stock = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=nf4).train()
+    stock = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=nf4, device_map={"": "cpu"}).train()
     assert torch.equal(stock(IDS).logits, load_base(ModelConfig(name=str(tiny_model)), tiny_model, CPU)(IDS).logits)
 
 

@@ -158,7 +158,8 @@ def main() -> None:
         }
         runs = {side: {seed: futures[side, seed].result() for seed in arguments.seeds} for side in sides}
     test_rows = examples(arguments.data / "test.jsonl", AutoTokenizer.from_pretrained(base), 512)
-    means = {side: statistics.mean(run["held_out_loss"] for run in runs[side].values()) for side in sides}
+    losses = {side: [run["held_out_loss"] for run in runs[side].values()] for side in sides}
+    means = {side: statistics.mean(losses[side]) for side in sides}
     result = {
         "what": "held-out loss a response token on tldr test.jsonl after 150 steps of batch 8",
         "base": "SmolLM2-135M-Instruct from a Q4_1 GGUF, NF4 with double quantisation",
@@ -168,10 +169,7 @@ def main() -> None:
         "runs": runs,
         "means": means,
         "ratio_of_means": means["qlora_dist"] / means["trainer"],
-        "largest_difference_of_a_seed": max(
-            abs(runs["qlora_dist"][s]["held_out_loss"] / runs["trainer"][s]["held_out_loss"] - 1)
-            for s in arguments.seeds
-        ),
+        "largest_difference_of_a_seed": max(abs(a / b - 1) for a, b in zip(*losses.values(), strict=True)),
         "settings": SETTINGS.read_text(),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

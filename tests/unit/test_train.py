@@ -132,7 +132,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_learns_and_fp16_scales_its_loss(tiny_model: Path, tmp_path: Path, dtype: str) -> None:
-    """The loss curve follows fp32's; half precision rounds to 1e-2 (bf16) or 1e-3 (fp16) relative, a scale is a factor."""
+    """The loss curve follows fp32's: bf16 rounds to 1e-2 relative, fp16 to 1e-3, and a wrong scale is a factor."""
     curves = {}
     for name in ("fp32", dtype):
         config = small_config(tmp_path / name, tiny_model, model={"compute_dtype": name}, adapter={"lora_dropout": 0.0})

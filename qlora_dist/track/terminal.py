@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -177,7 +178,8 @@ def _clock(seconds: float) -> str:
 @contextmanager
 def watching(run_dir: Path, console: Console | None = None) -> Iterator[View]:
     """Show the run in `run_dir` while the block runs."""
-    view = View(run_dir, console or Console())
+    # The stream of now: a launcher may send what libraries print elsewhere.
+    view = View(run_dir, console or Console(file=sys.stdout))
     done = threading.Event()
 
     def follow() -> None:

@@ -19,7 +19,7 @@ def test_a_killed_driver_leaves_nothing_and_the_same_command_goes_on_until_inter
     assert len(agents) == 2
     assert len(others) > 5
     driver.kill()
-    driver.communicate()
+    driver.wait()
     wait_until(lambda: all_gone(others), 30)
     last = max(int(words[1]) for words in read_log(tmp_path) if words[0] == "step")
 

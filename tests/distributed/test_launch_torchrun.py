@@ -43,7 +43,7 @@ def test_a_killed_launcher_leaves_no_worker(tmp_path):
     wait_until(lambda: len(started(tmp_path)) == 2)
     processes = family(process)
     process.kill()
-    process.communicate()
+    process.wait()
     wait_until(lambda: all_gone(processes), 10)
 
 

@@ -1,8 +1,8 @@
 """What we hook into Ray Train's controller: the workers' environment, who failed, and whether to go on.
 
-Ray's own restart (within one controller, from these hooks) is used and not a loop of ours around `fit`: measured on
-two cores with two CPU workers, from SIGKILL of a worker to the first line of the new workers, it takes 4.7 s against
-10 s for a new controller; and it is what elastic resizing builds on.
+Ray's own restart (within one controller, from these hooks) is used and not a loop of ours around `fit`. On two idle
+cores, with two CPU workers that import only torch, 4.7 s pass from a SIGKILL to the first line of the new workers; a
+new `fit` alone takes 9 s to that line. And it is what elastic resizing builds on.
 """
 
 import os

@@ -10,7 +10,8 @@ from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.client import DirectClient
 from qlora_dist.coordinate.rundir import open_run
 from qlora_dist.coordinate.state import Coordinator
-from qlora_dist.train.worker import Worker, train
+from qlora_dist.train.context import Worker
+from qlora_dist.train.worker import train
 
 
 def small_config(run_dir: Path, base: Path, /, **sections: dict[str, Any]) -> RunConfig:

@@ -13,11 +13,9 @@ import enum
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -32,23 +30,7 @@ OPTIMIZER_TENSORS = "optimizer.safetensors"
 OPTIMIZER_SCALARS = "optimizer.json"
 STATE = "state.json"
 CONFIG = "config.yaml"
-WRITE_CHUNK_BYTES = 8 << 20
 Files = dict[str, dict[str, Any]]
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 class DamagedCheckpoint(Exception):
@@ -118,52 +100,6 @@ def _jsonable(value: Any, where: str, loose: bool = False) -> Any:
     raise TypeError(f"{where} is a {type(value).__name__}, which JSON would not give back as it is")
 
 
-class _HashedFile:
-    """Counts and hashes what goes to the file, so that the checksum is that of what was meant to be written."""
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self._digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._digest.update(data)
-        self._file.write(data)
-        self.size += len(data)
-
-    def entry(self) -> dict[str, Any]:
-        return {"bytes": self.size, "sha256": self._digest.hexdigest()}
-
-
-def _write_tensors(tensors: Mapping[str, Tensor], file: _HashedFile) -> None:
-    """Write CPU tensors in the safetensors format (8 bytes header length, JSON header, data by falling alignment).
-
-    Format: the safetensors README. Written here, not by the library, to hash while writing, to need no second copy in
-    memory, and to see a full disk as an OSError.
-    """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in names:
-        tensor = tensors[name]
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little"))
-    file.write(text)
-    for name in names:
-        flat = tensors[name].contiguous().reshape(-1).view(torch.uint8)
-        data = flat.numpy().data
-        for start in range(0, len(data), WRITE_CHUNK_BYTES):
-            file.write(data[start : start + WRITE_CHUNK_BYTES])
-
-
 def write_snapshot(snapshot: Snapshot, folder: Path) -> Files:
     """Write a snapshot of CPU tensors into an existing empty folder and wait until it is on the disk.
 
@@ -173,30 +109,30 @@ def write_snapshot(snapshot: Snapshot, folder: Path) -> Files:
     Raises:
         OSError: no space, no permission; the folder then holds a part.
     """
-    if sys.byteorder != "little":
-        raise NotImplementedError("safetensors are little-endian")
     files: Files = {}
 
-    def write(name: str, content: bytes | Mapping[str, Tensor]) -> None:
-        with open(folder / name, "xb") as raw:
-            file = _HashedFile(raw)
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                _write_tensors(content, file)
-            raw.flush()
-            os.fsync(raw.fileno())
-        files[name] = file.entry()
+    def write(name: str, content: bytes) -> None:
+        with open(folder / name, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # Of what was meant to be written, not of what a disk gives back.
+        files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
     state = {"step": snapshot.step, "state": _jsonable(snapshot.state, "state")}
     write(ADAPTER_CONFIG, _to_json(_jsonable(snapshot.adapter_config, "adapter_config", loose=True)))
-    write(ADAPTER_WEIGHTS, snapshot.adapter)
-    write(OPTIMIZER_TENSORS, snapshot.optimizer)
+    write(ADAPTER_WEIGHTS, _packed(snapshot.adapter))
+    write(OPTIMIZER_TENSORS, _packed(snapshot.optimizer))
     write(OPTIMIZER_SCALARS, _to_json(_jsonable(snapshot.optimizer_scalars, "optimizer_scalars")))
     write(STATE, _to_json(state))
     write(CONFIG, snapshot.config_yaml.encode())
     fsync_folder(folder)
     return files
+
+
+def _packed(tensors: Mapping[str, Tensor]) -> bytes:
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(whole, metadata={"format": "pt"})
 
 
 def _to_json(value: Any) -> bytes:

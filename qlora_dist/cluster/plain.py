@@ -11,7 +11,7 @@ from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.client import DirectClient
 from qlora_dist.coordinate.rundir import read_run
 from qlora_dist.coordinate.state import Coordinator
-from qlora_dist.train.worker import Worker
+from qlora_dist.train.context import Worker
 
 
 def run_plain(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> Outcome:

@@ -9,7 +9,7 @@ import torch
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import RunConfig
 
-# (RunConfig, train.worker.Worker) -> None, importable by name on every node.
+# (RunConfig, train.context.Worker) -> None, importable by name on every node.
 TrainFunction = Callable[[RunConfig, Any], None]
 TRAIN = "qlora_dist.train.worker:train"
 

@@ -89,7 +89,7 @@ def run_with_ray(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> O
 def run_worker(settings: dict[str, Any]) -> None:
     """What Ray Train calls in each worker."""
     # Here and not above: the driver has no use for the training stack.
-    from qlora_dist.train.worker import Worker
+    from qlora_dist.train.context import Worker
 
     rank = int(os.environ["RANK"])
     send_output_to(rank_log(settings["run_dir"], int(os.environ[ATTEMPT_VARIABLE]), rank))

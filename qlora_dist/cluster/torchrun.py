@@ -34,7 +34,7 @@ from qlora_dist.coordinate.client import CoordinatorClient, DirectClient, HttpCl
 from qlora_dist.coordinate.rundir import open_run
 from qlora_dist.coordinate.service import CoordinatorService
 from qlora_dist.coordinate.state import Coordinator
-from qlora_dist.train.worker import Worker
+from qlora_dist.train.context import Worker
 
 KEY_VARIABLE = "QLORA_DIST_KEY"
 LINGER_S = 10.0

@@ -13,7 +13,7 @@ from qlora_dist.cluster.torchrun import KEY_VARIABLE
 from qlora_dist.config.load import load_config
 from qlora_dist.coordinate.client import HttpClient
 from qlora_dist.coordinate.rundir import CONFIG_FILE, read_run
-from qlora_dist.train.worker import Worker
+from qlora_dist.train.context import Worker
 
 PR_SET_PDEATHSIG = 1
 

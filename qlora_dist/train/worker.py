@@ -5,7 +5,6 @@ import os
 import secrets
 import socket
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from qlora_dist.checkpoint.manifest import list_checkpoints, resolve_resume
 from qlora_dist.checkpoint.writer import BackgroundWriter
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import RunConfig
-from qlora_dist.coordinate.client import CoordinatorClient, join_and_wait
+from qlora_dist.coordinate.client import join_and_wait
 from qlora_dist.coordinate.rundir import check_shared
 from qlora_dist.data.order import GlobalOrder
 from qlora_dist.data.tokens import TokenTable, prepare_data
@@ -38,25 +37,12 @@ from qlora_dist.optim.optimizers import build_optimizer
 from qlora_dist.optim.schedules import build_schedule
 from qlora_dist.shard.strategy import FullState, Strategy, make_strategy
 from qlora_dist.track.metrics import MetricsLog
+from qlora_dist.train.context import Worker
 from qlora_dist.train.evaluate import answer_prompts
 from qlora_dist.train.heartbeat import Heartbeat
 from qlora_dist.train.loop import Loop
 from qlora_dist.train.progress import Progress
 from qlora_dist.train.step import LossScale
-
-
-@dataclass(frozen=True)
-class Worker:
-    """One of the identical workers of a run."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    device: torch.device
-    client: CoordinatorClient
-    run_dir: Path
-    nonce: str
-
 
 # Two missed heartbeats and a little more.
 SILENCE_S = 2.5
@@ -75,7 +61,8 @@ def train(config: RunConfig, worker: Worker) -> None:
     Raises:
         WorkerLost: another worker is gone; the launcher restarts the group from the last checkpoint.
     """
-    generation, heartbeat = 0, None
+    generation: int | None = None
+    heartbeat: Heartbeat | None = None
     try:
         join_process_group(config, worker)
         generation = join_attempt(worker, config.launch.start_timeout_s)
@@ -255,7 +242,9 @@ def gather_in_turn(worker: Worker, mine: list[Any]) -> list[Any]:
     return [part[turn] for turn in range(longest) for part in parts if turn < len(part)]
 
 
-def explain_failure(error: Exception, worker: Worker, generation: int, heartbeat: Heartbeat | None) -> Exception | None:
+def explain_failure(
+    error: Exception, worker: Worker, generation: int | None, heartbeat: Heartbeat | None
+) -> Exception | None:
     """The reason behind an exception: `error` itself, or the lost worker that a failed collective points at.
 
     None where another rank has already reported what a person can mend: then this rank has nothing to add.
@@ -279,7 +268,7 @@ def is_collective_failure(error: Exception) -> bool:
     )
 
 
-def report(worker: Worker, generation: int, kind: str, message: str, heartbeat: Heartbeat | None) -> None:
+def report(worker: Worker, generation: int | None, kind: str, message: str, heartbeat: Heartbeat | None) -> None:
     """Tell the coordinator why this rank ends."""
     step = heartbeat.step if heartbeat is not None else 0
     worker.client.call("fail", generation=generation, rank=worker.rank, kind=kind, message=message, step=step)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.client import join_and_wait
-from qlora_dist.train.worker import Worker
+from qlora_dist.train.context import Worker
 
 STEP_S = 0.05
 

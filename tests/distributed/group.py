@@ -61,7 +61,8 @@ def _worker_process(rank: int, world_size: int, plans: list[tuple[Any, ...]], sa
     import torch
 
     from qlora_dist.coordinate.client import HttpClient
-    from qlora_dist.train.worker import Worker, train
+    from qlora_dist.train.context import Worker
+    from qlora_dist.train.worker import train
 
     torch.set_num_threads(1)
     if sabotage is not None:

@@ -28,9 +28,12 @@ QUESTIONS = ["what is three and four", "list the files", "what is the capital of
 def rows() -> list[dict[str, str]]:
     """Questions and answers of very different lengths."""
     return [
-        {"question": QUESTIONS[n % 3] + "?" * (n % 5), "answer": " ".join(["multiply by", "3 + 4 = 7"][: 1 + n % 2] * (1 + n * n % 11))}
+        {
+            "question": QUESTIONS[n % 3] + "?" * (n % 5),
+            "answer": " ".join(["multiply by", "3 + 4 = 7"][: 1 + n % 2] * (1 + n * n % 11)),
+        }
         for n in range(ROWS)
-    ]  # fmt: skip
+    ]
 
 
 def nf4_base(folder: Path) -> torch.nn.Module:
@@ -84,9 +87,7 @@ def runs(tiny_model: Path, first_adapter: Path, tmp_path_factory: pytest.TempPat
         ]  # fmt: skip
         outcomes = train_in_group(configs, world_size, sabotage)
         assert all(outcome["state"] == "finished" for outcome in outcomes), outcomes
-        return {
-            (optim, metric): series(folder / optim, metric) for optim in OPTIMS for metric in ("loss", "grad_norm")
-        }
+        return {(optim, metric): series(folder / optim, metric) for optim in OPTIMS for metric in ("loss", "grad_norm")}
 
     return train
 
@@ -106,7 +107,8 @@ def plain_loop(base: Path, adapter: Path, optim: str) -> tuple[list[float], list
     examples = []
     for row in rows():
         question = [{"role": "user", "content": row["question"]}]
-        whole = tokenizer.apply_chat_template([*question, {"role": "assistant", "content": row["answer"]}], tokenize=False)
+        exchange = [*question, {"role": "assistant", "content": row["answer"]}]
+        whole = tokenizer.apply_chat_template(exchange, tokenize=False)
         prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
         encoded = tokenizer(whole, return_offsets_mapping=True, add_special_tokens=False)
         # The answer and the mark that ends it bear loss; the newline that the template puts after it does not.

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from qlora_dist.config.errors import UserError
+from qlora_dist.config.redact import redact, redact_tree
 from qlora_dist.config.schema import RunConfig
 
 Location = tuple[str | int, ...]
@@ -56,12 +57,16 @@ def validate(values: dict[str, Any], sources: dict[Location, str] | None = None,
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError(_sentence(error.errors(include_url=False), sources or {}, origin)) from None
+        raise UserError(redact(_sentence(error.errors(include_url=False), sources or {}, origin))) from None
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The configuration as YAML, every field present, in the schema's order; loading it gives the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The configuration as YAML, every field present, in the schema's order; loading it gives the same config.
+
+    Secrets are taken out: this is what run folders, checkpoints and people get to see.
+    """
+    values = redact_tree(config.model_dump(mode="json"))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def from_yaml(text: str, origin: str = "config.yaml") -> RunConfig:
@@ -178,7 +183,7 @@ def _demand(error: Any) -> str:
 
 
 def _shown(value: object) -> str:
-    text = "empty" if value is None else repr(value)
+    text = "empty" if value is None else redact(repr(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 

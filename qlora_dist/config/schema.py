@@ -1,10 +1,11 @@
 """The configuration of a run: one pydantic model a section, in the words of transformers and PEFT."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -12,7 +13,9 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 ScheduleName = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
-OptimName = Literal["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch", "sgd"]
+OptimName = Literal[
+    "paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_lion_8bit", "lion_8bit", "adamw_torch", "sgd"
+]
 
 
 class Section(BaseModel):
@@ -25,11 +28,14 @@ class ModelConfig(Section):
     """The frozen base model."""
 
     name: str = Field(
-        description="A local folder, a hub id, or `package:NAME` for a GGUF file inside an installed Python package."
+        description="A local folder, a hub id, a .gguf file, `package:NAME` for a GGUF file inside an installed Python "
+        "package, or `synthetic:NAME` for random weights of a known shape."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
     trust_remote_code: bool = Field(False, description="Run Python code that the model repository brings.")
-    quantization: Literal["nf4", "none"] = Field("nf4", description="`none` keeps the base in the compute dtype.")
+    quantization: Literal["nf4", "fp4", "none"] = Field(
+        "nf4", description="`none` keeps the base in the compute dtype."
+    )
     double_quant: bool = Field(True, description="Quantise the quantisation constants too.")
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="`auto` is bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."
@@ -38,6 +44,22 @@ class ModelConfig(Section):
         None, description="Folder to keep the quantised base in; stock transformers loads it. Reused when present."
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+
+def _init_name(name: str) -> str:
+    if name not in ("gaussian", "orthogonal", "pissa", "loftq") and not re.fullmatch(r"pissa_niter_[1-9]\d*", name):
+        raise ValueError("gaussian, orthogonal, pissa, pissa_niter_N (N a number) or loftq")
+    return name
+
+
+InitName = Annotated[str, AfterValidator(_init_name)]
+
+
+class LoftQConfig(Section):
+    """LoftQ, by PEFT's field names."""
+
+    loftq_bits: Literal[4] = 4
+    loftq_iter: PositiveInt = Field(1, description="Rounds of quantising and fitting the adapter to the rest.")
 
 
 class AdapterConfig(Section):
@@ -53,7 +75,27 @@ class AdapterConfig(Section):
     modules_to_save: list[str] | None = Field(None, description="Modules trained in full beside the adapter.")
     use_rslora: bool = False
     use_dora: bool = False
-    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
+    init_lora_weights: bool | InitName = Field(
+        True, description="true, false, gaussian, orthogonal, pissa, pissa_niter_N or loftq (see docs/models.md)."
+    )
+    loftq_config: LoftQConfig | None = Field(None, description="For init_lora_weights=loftq.")
+    layers_to_transform: NonNegativeInt | list[NonNegativeInt] | None = Field(
+        None, description="Adapt these decoder layers only, counted from 0."
+    )
+    layers_pattern: str | list[str] | None = Field(
+        None, description="What the list of layers is called, where the model calls it neither layers nor h nor blocks."
+    )
+    rank_pattern: dict[str, PositiveInt] = Field(
+        default_factory=dict, description="Module name or regular expression -> r for the modules it matches."
+    )
+    alpha_pattern: dict[str, PositiveInt] = Field(
+        default_factory=dict, description="Module name or regular expression -> lora_alpha for the modules it matches."
+    )
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the initialisation moves a part of the base weights into the adapter."""
+        return str(self.init_lora_weights).startswith(("pissa", "loftq"))
 
 
 class DataConfig(Section):
@@ -92,6 +134,9 @@ class TrainConfig(Section):
     warmup_steps: NonNegativeInt = 0
     warmup_ratio: Fraction = Field(0.0, description="Share of all steps; excludes warmup_steps.")
     optim: OptimName = Field("paged_adamw_8bit", description="The paged ones run unpaged on a CPU.")
+    loraplus_lr_ratio: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="LoRA+: learning rate of the B matrices over that of everything else."
+    )
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -148,6 +193,22 @@ class LaunchConfig(Section):
     start_timeout_s: Annotated[float, Field(gt=0)] = Field(300.0, description="For the worker group to start.")
 
 
+class TrackConfig(Section):
+    """Where metrics go beside metrics.jsonl."""
+
+    tensorboard: bool = Field(True, description="Event files in the run folder's `tensorboard`.")
+    wandb: Literal["off", "auto", "online", "offline"] = Field(
+        "off", description="`auto`: online where a key is found (WANDB_API_KEY, netrc), else offline."
+    )
+    wandb_project: str = "qlora-dist"
+    wandb_entity: str | None = Field(None, description="User or team; W&B's own default where unset.")
+    wandb_group: str | None = None
+    wandb_tags: list[str] = Field(default_factory=list)
+    wandb_name: str | None = Field(None, description="`name` where unset.")
+    wandb_log_adapter: bool = Field(True, description="The final adapter as an artifact of the run.")
+    report: bool = Field(True, description="Write report.html at the end of the run.")
+
+
 class RunConfig(Section):
     """Everything a run needs, from one YAML file and dotted overrides.
 
@@ -166,6 +227,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     shard: ShardConfig = Field(default_factory=ShardConfig)
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
+    track: TrackConfig = Field(default_factory=TrackConfig)
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> "RunConfig":
@@ -235,8 +297,17 @@ def contradictions(config: RunConfig) -> Iterator[str]:
         yield "eval.load_best_model_at_end needs the best checkpoint; set checkpoint.keep_best to 1 or more"
     if adapter.path is not None:
         for name, info in AdapterConfig.model_fields.items():
-            if name != "path" and getattr(adapter, name) != info.default:
+            if name != "path" and getattr(adapter, name) != info.get_default(call_default_factory=True):
                 yield f"adapter.path brings its own shape, so adapter.{name} would be ignored; remove one of them"
+    if adapter.loftq_config is not None and adapter.init_lora_weights != "loftq":
+        yield "adapter.loftq_config is set but adapter.init_lora_weights is not loftq; set it or remove loftq_config"
+    if adapter.layers_pattern is not None and adapter.layers_to_transform is None:
+        yield "adapter.layers_pattern is set without adapter.layers_to_transform; set that too or remove it"
+    if adapter.changes_base and (config.model.quantization == "none" or config.model.cache_quantized is None):
+        yield (
+            f"adapter.init_lora_weights={adapter.init_lora_weights} changes the quantised base, which has to be kept "
+            "for the adapter to be of use; set model.cache_quantized to a new folder and model.quantization to nf4 or fp4"
+        )
     if workers > 1 and config.shard.strategy == "none":
         yield f"shard.strategy is none but launch.num_workers is {workers}; set shard.strategy to ddp or auto"
     if workers > 1 and launch.backend == "none":

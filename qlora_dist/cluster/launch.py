@@ -34,7 +34,8 @@ def launch(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> int:
     if outcome.traceback:
         print(outcome.traceback, file=sys.stderr)
     if outcome.message:
-        print(outcome.message, file=sys.stdout if outcome.exit_code == 0 else sys.stderr)
+        failed = outcome.exit_code != 0
+        print(f"{'error: ' if failed else ''}{outcome.message}", file=sys.stderr if failed else sys.stdout)
     if outcome.exit_code == 1:
         print(f"the workers' output is in {logs_folder(run_dir)}", file=sys.stderr)
     return outcome.exit_code

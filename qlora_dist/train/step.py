@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -80,8 +79,8 @@ def loss_sum(model: nn.Module, batch: MicroBatch) -> Tensor:
     return cross_entropy(logits_NV.float(), batch.target_N, reduction="sum")
 
 
-def _can_select_logits(model: nn.Module) -> bool:
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+def _can_select_logits(model: Any) -> bool:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 

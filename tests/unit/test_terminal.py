@@ -1,0 +1,88 @@
+"""What a person sees: one line for each thing that happened, in its order, from the run folder alone."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from qlora_dist.track.metrics import MetricsLog, read_metrics
+from qlora_dist.track.terminal import Tail, View, watching
+from tests.single import small_config, train_here
+
+
+def shown(run_dir: Path, act) -> str:
+    stream = io.StringIO()
+    run_dir.mkdir(exist_ok=True)
+    with watching(run_dir, Console(file=stream, width=200)):
+        act()
+    return stream.getvalue()
+
+
+def test_a_whole_run_in_plain_lines(tiny_model: Path, tmp_path: Path) -> None:
+    config = small_config(
+        tmp_path / "run", tiny_model,
+        data={"eval": "bundled:home_commands", "max_eval_rows": 4},
+        eval={"eval_steps": 3, "sample_prompts": 2, "sample_max_new_tokens": 4},
+    )  # fmt: skip
+    text = shown(config.run_dir, lambda: train_here(config))
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
+    labels = [line[0] for line in lines]
+    assert labels[:6] == ["start", "data", "data", "plan", "model", "notice"]
+    assert labels.index("done") > max(i for i, label in enumerate(labels) if label in ("train", "eval", "saved"))
+    assert labels.count("eval") == 3
+    assert labels[-8:] == ["prompt", "expected", "before", "after"] * 2
+    assert "step 6/6" in text
+    assert "\x1b" not in text, "colours belong on a terminal"
+
+
+def test_a_terminal_gets_a_progress_bar(tiny_model: Path, tmp_path: Path) -> None:
+    config = small_config(tmp_path / "run", tiny_model)
+    stream = io.StringIO()
+    config.run_dir.mkdir()
+    view = View(config.run_dir, Console(file=stream, force_terminal=True, width=120))
+    train_here(config)
+    view.poll()
+    assert view.task is not None
+    view.bar.stop()
+    assert "6/6" in stream.getvalue()
+
+
+def test_tail_gives_whole_lines_and_follows_a_replaced_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    tail = Tail(path)
+    assert tail.records() == []
+    path.write_text('{"a": 1}\n{"a":')
+    assert tail.records() == [{"a": 1}]
+    with path.open("a") as file:
+        file.write(" 2}\n")
+    assert tail.records() == [{"a": 2}]
+    replacement = tmp_path / "y.jsonl"
+    replacement.write_text('{"a": 3}\n')
+    replacement.replace(path)
+    assert tail.records() == [{"a": 3}]
+
+
+def test_metrics_hold_null_for_what_is_not_finite(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, attempt=1, resume_step=0)
+    log.write(1, loss=float("nan"), grad_norm=float("inf"), learning_rate=0.1)
+    log.close()
+    (record,) = read_metrics(tmp_path)
+    assert (record["loss"], record["grad_norm"], record["learning_rate"]) == (None, None, 0.1)
+
+
+def test_an_earlier_attempt_that_wakes_up_writes_where_nobody_reads(tmp_path: Path) -> None:
+    first = MetricsLog(tmp_path, attempt=1, resume_step=0)
+    for step in (1, 2, 3):
+        first.write(step, loss=float(step))
+    second = MetricsLog(tmp_path, attempt=2, resume_step=2)
+    first.write(4, loss=4.0)
+    second.write(3, loss=30.0)
+    assert [(r["step"], r["loss"], r["attempt"]) for r in read_metrics(tmp_path)] == [(1, 1, 1), (2, 2, 1), (3, 30, 2)]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"step": 3}'])
+def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path, torn: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 2, "loss": 1.0}) + "\n" + torn)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [2]

@@ -1,13 +1,13 @@
-"""What a row looks like, and how it becomes a chat: messages, Alpaca, prompt/completion, question/answer."""
+"""What a row looks like, and how it becomes a chat: messages, ShareGPT, Alpaca, prompt/completion, plain text."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qlora_dist.config.errors import UserError
-from qlora_dist.data.rows import Row
+from qlora_dist.data.rows import BadRow, Row
 
-FormatName = Literal["messages", "alpaca", "prompt_completion", "question_answer"]
+FormatName = Literal["messages", "alpaca", "prompt_completion", "question_answer", "sharegpt", "text"]
 Message = dict[str, Any]
 
 FORMAT_KEYS: dict[FormatName, tuple[tuple[str, ...], ...]] = {
@@ -15,7 +15,21 @@ FORMAT_KEYS: dict[FormatName, tuple[tuple[str, ...], ...]] = {
     "alpaca": (("instruction", "output"),),
     "prompt_completion": (("prompt", "completion"),),
     "question_answer": (("question", "answer"), ("instruction", "response")),
+    "sharegpt": (("conversations",),),
+    "text": (("text",),),
 }
+# Datasets carry these keys beside those of another format; they count where nothing else fits.
+LAST_RESORTS: tuple[FormatName, ...] = ("sharegpt", "text")
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+EMPTY_ANSWER = "empty answer"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -27,6 +41,7 @@ class Conversation:
         messages: each a dict with `role` and a non-empty text `content` at least.
         first_loss_message: assistant messages before this index bear no loss (they belong to a prompt).
         plain: the row was a prompt and a completion as strings, which a model without a chat template can take too.
+        text: the row was plain text: the one message holds it, all of it bears loss, no chat template is applied.
         row: where it came from.
     """
 
@@ -34,6 +49,7 @@ class Conversation:
     row: Row
     first_loss_message: int = 0
     plain: bool = False
+    text: bool = False
 
     @property
     def last_prompt(self) -> str:
@@ -52,14 +68,20 @@ def detect_format(rows: Sequence[Row], name: FormatName | Literal["auto"] = "aut
         return name
     keys = rows[0].data.keys()
     found = [format_ for format_, choices in FORMAT_KEYS.items() if any(keys >= set(choice) for choice in choices)]
-    if len(found) == 1:
-        return found[0]
+    chosen = [format_ for format_ in found if format_ not in LAST_RESORTS] or found[:1]
+    if len(chosen) == 1:
+        return chosen[0]
     seen = ", ".join(sorted(keys)) or "none"
     if found:
-        raise UserError(
-            f"{rows[0].where} fits the formats {' and '.join(found)} (keys: {seen}); name one of them in data.format."
+        raise BadRow(
+            "unknown format",
+            f"{rows[0].where} fits the formats {' and '.join(chosen)} (keys: {seen}); name one of them in data.format.",
         )
-    raise UserError(f"{rows[0].where} fits no known format (keys: {seen}); data.format accepts {_accepted()}.")
+    raise BadRow(
+        "unknown format",
+        f"{rows[0].where} fits no known format (keys: {seen}); map its keys with data.fields, or use those of "
+        f"{_accepted()}.",
+    )
 
 
 def to_conversation(row: Row, format_: FormatName) -> Conversation:
@@ -69,8 +91,13 @@ def to_conversation(row: Row, format_: FormatName) -> Conversation:
         UserError: a key is missing, a content is empty or of the wrong type, a role is unknown, or there is no
             assistant message to learn from; names file and line.
     """
+    if format_ == "text":
+        message = {"role": "assistant", "content": _text(row, "text", format_, EMPTY_ANSWER)}
+        return Conversation([message], row, plain=True, text=True)
     if format_ == "messages":
-        conversation = Conversation(_messages(row, "messages"), row)
+        conversation = Conversation(_with_system(row, _messages(row, "messages", format_)), row)
+    elif format_ == "sharegpt":
+        conversation = Conversation(_with_system(row, _messages(row, "conversations", format_)), row)
     elif format_ == "alpaca":
         conversation = _alpaca(row)
     elif format_ == "prompt_completion":
@@ -79,7 +106,7 @@ def to_conversation(row: Row, format_: FormatName) -> Conversation:
         question, answer = next(
             (choice for choice in FORMAT_KEYS[format_] if row.data.keys() >= set(choice)), FORMAT_KEYS[format_][0]
         )
-        conversation = _exchange(row, _text(row, question, format_), _text(row, answer, format_))
+        conversation = _exchange(row, _text(row, question, format_), _text(row, answer, format_, EMPTY_ANSWER))
     _check_turns(conversation)
     return conversation
 
@@ -89,72 +116,117 @@ def _alpaca(row: Row) -> Conversation:
     # Alpaca's own files hold `"input": ""` where there is none.
     if row.data.get("input") not in (None, ""):
         instruction = f"{instruction}\n\n{_text(row, 'input', 'alpaca')}"
-    return _exchange(row, instruction, _text(row, "output", "alpaca"))
+    return _exchange(row, instruction, _text(row, "output", "alpaca", EMPTY_ANSWER))
 
 
 def _prompt_completion(row: Row) -> Conversation:
     prompt, completion = (_value(row, key, "prompt_completion") for key in ("prompt", "completion"))
     if isinstance(prompt, list) and isinstance(completion, list):
-        before = _messages(row, "prompt")
-        return Conversation(before + _messages(row, "completion"), row, first_loss_message=len(before))
+        before = _with_system(row, _messages(row, "prompt", "prompt_completion"))
+        after = _messages(row, "completion", "prompt_completion")
+        return Conversation(before + after, row, first_loss_message=len(before))
     if isinstance(prompt, list) or isinstance(completion, list):
-        raise UserError(f"{row.where}: prompt and completion differ in kind; make both strings or both message lists.")
-    return _exchange(
-        row, _text(row, "prompt", "prompt_completion"), _text(row, "completion", "prompt_completion"), plain=True
-    )
+        raise BadRow(
+            "wrong type",
+            f"{row.where}: prompt and completion differ in kind; make both strings or both message lists.",
+        )
+    answer = _text(row, "completion", "prompt_completion", EMPTY_ANSWER)
+    return _exchange(row, _text(row, "prompt", "prompt_completion"), answer, plain=True)
 
 
 def _exchange(row: Row, user: str, assistant: str, plain: bool = False) -> Conversation:
-    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    return Conversation(messages, row, plain=plain)
+    messages = _with_system(row, [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}])
+    return Conversation(messages, row, plain=plain and len(messages) == 2)
 
 
-def _messages(row: Row, key: str) -> list[Message]:
-    messages = _value(row, key, "messages" if key == "messages" else "prompt_completion")
+def _with_system(row: Row, messages: list[Message]) -> list[Message]:
+    """The messages after the row's `system` text, where it has one and they do not begin with their own."""
+    system = row.data.get("system")
+    if not isinstance(system, str) or not system.strip() or messages[0]["role"] in ("system", "developer"):
+        return messages
+    _check_text(system, f"{row.where}: `system`")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _messages(row: Row, key: str, format_: FormatName) -> list[Message]:
+    messages = _value(row, key, format_)
+    # A CSV cell has no other way to hold a list.
+    if isinstance(messages, str) and messages.lstrip().startswith("["):
+        try:
+            messages = json.loads(messages)
+        except ValueError as error:
+            raise BadRow("not JSON", f"{row.where}: `{key}` is not JSON ({error}); mend the list.") from error
+    names = "`from` and `value`" if format_ == "sharegpt" else "`role` and `content`"
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"{row.where}: `{key}` must be a non-empty list of objects with `role` and `content`.")
-    for index, message in enumerate(messages):
-        place = f"{row.where}: {key}[{index}]"
-        if not isinstance(message, dict):
-            raise UserError(f"{place} is not an object; give it a `role` and a `content`.")
-        if message.get("role") not in ROLES:
-            raise UserError(f"{place} has the role {message.get('role')!r}; use one of {', '.join(ROLES)}.")
-        _check_text(message.get("content"), f"{place}: `content`")
-    return messages
+        raise BadRow("wrong type", f"{row.where}: `{key}` must be a non-empty list of objects with {names}.")
+    return [_message(message, f"{row.where}: {key}[{index}]", format_) for index, message in enumerate(messages)]
+
+
+def _message(message: Any, place: str, format_: FormatName) -> Message:
+    if not isinstance(message, dict):
+        raise BadRow("wrong type", f"{place} is not an object; give it a `role` and a `content`.")
+    content = "content"
+    if format_ == "sharegpt" and "from" in message:
+        content = "value"
+        speaker = str(message["from"])
+        message = {"role": SHAREGPT_ROLES.get(speaker, speaker), "content": message.get("value")}
+    if message.get("role") not in ROLES:
+        accepted = (*SHAREGPT_ROLES, *ROLES) if format_ == "sharegpt" else ROLES
+        raise BadRow("unknown role", f"{place} has the role {message.get('role')!r}; use one of {', '.join(accepted)}.")
+    reason = EMPTY_ANSWER if message["role"] == "assistant" else "empty text"
+    _check_text(message.get("content"), f"{place}: `{content}`", reason)
+    return _drop_nulls(message)
+
+
+def _drop_nulls(value: Any) -> Any:
+    """Without nulls: typed tables hold every key in every message, and a template must not see the difference."""
+    if isinstance(value, dict):
+        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
+    return [_drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _value(row: Row, key: str, format_: FormatName) -> Any:
     if key not in row.data:
         seen = ", ".join(sorted(row.data)) or "none"
-        raise UserError(
+        raise BadRow(
+            "missing key",
             f"{row.where} lacks the key `{key}` of the format {format_} (keys: {seen}); "
-            "mend the row or name another format in data.format."
+            "mend the row or name another format in data.format.",
         )
     return row.data[key]
 
 
-def _text(row: Row, key: str, format_: FormatName) -> str:
+def _text(row: Row, key: str, format_: FormatName, empty: str = "empty text") -> str:
     value = _value(row, key, format_)
-    _check_text(value, f"{row.where}: `{key}`")
+    _check_text(value, f"{row.where}: `{key}`", empty)
     return value
 
 
-def _check_text(value: Any, place: str) -> None:
+def _check_text(value: Any, place: str, empty: str = "empty text") -> None:
     if not isinstance(value, str):
-        raise UserError(f"{place} is of type {type(value).__name__}; it must be a string.")
+        raise BadRow("wrong type", f"{place} is of type {type(value).__name__}; it must be a string.")
     if not value.strip():
-        raise UserError(f"{place} is empty; fill it in or remove it.")
+        every = ", or all such rows with data.filter.drop_empty_answers: true" if empty == EMPTY_ANSWER else ""
+        raise BadRow(empty, f"{place} is empty; fill it in or remove it{every}.")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise BadRow("not UTF-8", f"{place} holds half of a surrogate pair, which is no character; remove it.")
 
 
 def _check_turns(conversation: Conversation) -> None:
     roles = [message["role"] for message in conversation.messages]
     if "assistant" not in roles[conversation.first_loss_message :]:
-        raise UserError(f"{conversation.row.where} has no assistant message to learn from; add one or remove the row.")
+        raise BadRow(
+            "no assistant message",
+            f"{conversation.row.where} has no assistant message to learn from; add one or remove the row.",
+        )
     if roles[0] == "assistant":
-        raise UserError(f"{conversation.row.where} begins with the assistant; put a user message before it.")
+        raise BadRow(
+            "begins with the assistant",
+            f"{conversation.row.where} begins with the assistant; put a user message before it.",
+        )
 
 
 def _accepted() -> str:
-    return "; ".join(
+    return ", ".join(
         f"{format_} ({' or '.join('/'.join(choice) for choice in choices)})" for format_, choices in FORMAT_KEYS.items()
     )

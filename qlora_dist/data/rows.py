@@ -1,104 +1,221 @@
-"""JSONL sources: a file on disk, or a dataset that ships with the project."""
+"""Rows of data, and how they are read from the bytes of a JSONL, JSON, CSV or Parquet file."""
 
+import csv
+import io
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
-from importlib.resources import files
-from importlib.resources.abc import Traversable
-from pathlib import Path
-from typing import Any, Literal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, Literal
 
 from qlora_dist.config.errors import UserError
 
-BUNDLED_PREFIX = "bundled:"
 Split = Literal["train", "eval"]
+# Rows of a Parquet file that are turned into Python objects at once.
+BATCH_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One JSON object of a source, and where it stands there (`line` counts from 1)."""
+    """One object of a source, and where it stands there.
+
+    Attributes:
+        data: column -> value.
+        file: the file, as errors name it.
+        line: counts from 1; in a file without lines of its own (JSON array, Parquet) the number of the row.
+        unit: which of the two it is.
+    """
 
     data: dict[str, Any]
     file: str
     line: int
+    unit: Literal["line", "row"] = "line"
 
     @property
     def where(self) -> str:
-        """`file:line`, as errors name the row."""
-        return f"{self.file}:{self.line}"
+        """`file:line` or `file, row N`, as errors name the row."""
+        return f"{self.file}:{self.line}" if self.unit == "line" else f"{self.file}, row {self.line}"
 
 
-def read_rows(source: str, max_rows: int | None = None, split: Split = "train") -> list[Row]:
-    """Read the first `max_rows` rows (all where None) of a UTF-8 JSONL file; blank lines are skipped.
+class BadRow(UserError):
+    """A row that cannot be learned from; `data.on_bad_row: skip` leaves it out and counts it by `reason`."""
 
-    Args:
-        source: a path, or `bundled:NAME`, which is NAME.train.jsonl or NAME.eval.jsonl by `split`.
-        split: the part of a bundled dataset to read; also names the config field in errors.
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass
+class BadRows:
+    """What becomes of bad rows, and those left out so far: by reason their count and the first one's sentence."""
+
+    on_bad_row: Literal["error", "skip"] = "error"
+    counts: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, bad: BadRow) -> None:
+        """Count it, or raise it."""
+        if self.on_bad_row == "error":
+            raise bad
+        self.counts[bad.reason] = self.counts.get(bad.reason, 0) + 1
+        self.first.setdefault(bad.reason, bad.message)
+
+
+def parse_rows(file: BinaryIO, name: str, bad_rows: BadRows) -> Iterator[Row]:
+    """The rows of one open file, whose format its name's ending tells (one of `SUFFIXES`).
 
     Raises:
-        UserError: the source is missing, unreadable or empty, or a line is not a JSON object in UTF-8.
+        UserError: the file as a whole cannot be read as its format.
+        BadRow: a row is malformed and `bad_rows` does not leave it out.
     """
-    if source.startswith(BUNDLED_PREFIX):
-        resource = _bundled_resource(source, split)
-        with resource.open("rb") as lines:
-            return _parse_lines(lines, resource.name, max_rows)
-    path = Path(source).expanduser()
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"data.{split}: {source} {what}; give the path of a JSONL file or `bundled:NAME`.")
-    try:
-        with path.open("rb") as lines:
-            return _parse_lines(lines, source, max_rows)
-    except OSError as error:
-        raise UserError(f"data.{split}: {source} cannot be read ({error.strerror}); check its permissions.") from error
+    return PARSERS[PurePosixPath(name).suffix.lower()](file, name, bad_rows)
 
 
-def bundled_names(split: Split) -> list[str]:
-    """The names that `bundled:NAME` accepts for `split`, sorted."""
-    suffix = f".{split}.jsonl"
-    folder = _bundled_folder()
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    return sorted(name.removesuffix(suffix) for name in names if name.endswith(suffix))
-
-
-def _bundled_folder() -> Traversable:
-    return files("qlora_dist.data").joinpath("bundled")
-
-
-def _bundled_resource(source: str, split: Split) -> Traversable:
-    name = source.removeprefix(BUNDLED_PREFIX)
-    names = bundled_names(split)
-    if name not in names:
-        have = ", ".join(names) or "none"
-        raise UserError(f"data.{split}: there is no bundled dataset {name!r} with {split} rows; use one of: {have}.")
-    return _bundled_folder().joinpath(f"{name}.{split}.jsonl")
-
-
-def _parse_lines(lines: Iterable[bytes], file: str, max_rows: int | None) -> list[Row]:
-    rows: list[Row] = []
-    for number, raw in enumerate(lines, start=1):
-        if max_rows is not None and len(rows) == max_rows:
-            break
+def parse_jsonl(file: Iterable[bytes], name: str, bad_rows: BadRows) -> Iterator[Row]:
+    """One JSON object a line, in UTF-8; blank lines are skipped."""
+    for number, raw in enumerate(file, start=1):
         # Editors on Windows put a byte-order mark in front of the first line.
         line = raw.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else raw.strip()
-        if line:
-            rows.append(Row(_parse_object(line, file, number), file, number))
-    if not rows:
-        raise UserError(f"{file} holds no rows; put one JSON object on each line.")
-    return rows
+        if not line:
+            continue
+        try:
+            data = _parse_object(line, f"{name}:{number}")
+        except BadRow as bad:
+            bad_rows.add(bad)
+            continue
+        yield Row(data, name, number)
 
 
-def _parse_object(line: bytes, file: str, number: int) -> dict[str, Any]:
+def parse_json(file: BinaryIO, name: str, bad_rows: BadRows) -> Iterator[Row]:
+    """An array of objects, or an object that holds one under `data`; JSON lines are taken too."""
+    content = file.read()
+    text = _decode(content, name)
+    if not text.strip():
+        return
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip().startswith("{"):
+            yield from parse_jsonl(content.split(b"\n"), name, bad_rows)
+            return
+        raise UserError(
+            f"{name}:{error.lineno} is not JSON ({error.msg} at column {error.colno}); mend it there."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name} cannot be read as JSON ({error}); mend the file.") from error
+    if isinstance(value, dict):
+        value = value.get("data")
+    if not isinstance(value, list):
+        raise UserError(f'{name} is not a list of rows; make it [{{...}}, ...], {{"data": [...]}}, or JSON lines.')
+    for number, data in enumerate(value, start=1):
+        row = Row(data, name, number, "row")
+        if isinstance(data, dict):
+            yield row
+        else:
+            bad_rows.add(
+                BadRow("not an object", f"{row.where} is {_kind(data)}, not a JSON object; put {{...}} there.")
+            )
+
+
+def parse_csv(file: BinaryIO, name: str, bad_rows: BadRows) -> Iterator[Row]:
+    """Columns named by the first line; commas, or tabs in a .tsv; quoted cells may hold line breaks."""
+    text = _decode(file.read(), name)
+    csv.field_size_limit(sys.maxsize)
+    delimiter = "\t" if name.lower().endswith(".tsv") else ","
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise UserError(f"{name}:{number} is not CSV ({error}); mend the quotes there.") from error
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if header is None:
+            header = _header(cells, f"{name}:{number}")
+        elif len(cells) != len(header):
+            bad_rows.add(
+                BadRow(
+                    "wrong number of cells",
+                    f"{name}:{number} has {len(cells)} cells where the first line names {len(header)} columns; "
+                    "mend the row, or quote cells that hold the separator.",
+                )
+            )
+        else:
+            yield Row(dict(zip(header, cells, strict=True)), name, number)
+
+
+def parse_parquet(file: BinaryIO, name: str, bad_rows: BadRows) -> Iterator[Row]:
+    """Rows of a Parquet file; a null column counts as absent."""
+    # Half a second that runs on JSONL need not spend.
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(BATCH_ROWS):
+            for data in batch.to_pylist():
+                number += 1
+                yield Row(without_nulls(data), name, number, "row")
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"{name} is not a readable Parquet file ({reason}); write it again.") from error
+
+
+PARSERS: dict[str, Callable[[Any, str, BadRows], Iterator[Row]]] = {
+    ".jsonl": parse_jsonl,
+    ".ndjson": parse_jsonl,
+    ".json": parse_json,
+    ".csv": parse_csv,
+    ".tsv": parse_csv,
+    ".parquet": parse_parquet,
+}
+SUFFIXES = tuple(PARSERS)
+
+
+def without_nulls(data: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a typed table that hold something: such a table has every column in every row."""
+    return {key: value for key, value in data.items() if value is not None}
+
+
+def _header(cells: list[str], where: str) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    if not all(names):
+        raise UserError(f"{where}: column {names.index('') + 1} has no name; name every column in the first line.")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{where} names the column `{twice}` twice; rename one of them.")
+    return names
+
+
+def _decode(content: bytes, name: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{name}:{line} is not UTF-8 (byte {error.start} of the file); save it as UTF-8.") from error
+
+
+def _parse_object(line: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}:{number} is not UTF-8 (byte {error.start}); save the file as UTF-8.") from error
+        raise BadRow("not UTF-8", f"{where} is not UTF-8 (byte {error.start}); save the file as UTF-8.") from error
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{file}:{number} is not JSON ({error.msg} at column {error.colno}); put one whole JSON object "
-            "on each line."
+        raise BadRow(
+            "not JSON",
+            f"{where} is not JSON ({error.msg} at column {error.colno}); put one whole JSON object on each line.",
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise BadRow("not JSON", f"{where} cannot be read as JSON ({error}); mend the line.") from error
     if not isinstance(value, dict):
-        kind = {list: "a list", str: "a string", type(None): "null"}.get(type(value), "a bare value")
-        raise UserError(f"{file}:{number} is {kind}, not a JSON object; put one {{...}} on each line.")
+        raise BadRow("not an object", f"{where} is {_kind(value)}, not a JSON object; put one {{...}} on each line.")
     return value
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "a string", type(None): "null"}.get(type(value), "a bare value")

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import DataConfig
 from qlora_dist.data.formats import detect_format, to_conversation
-from qlora_dist.data.rows import Row, Split, read_rows
+from qlora_dist.data.rows import Row, Split
+from qlora_dist.data.sources import read_rows
 from qlora_dist.data.template import encode_conversations
 
 # Rows tokenised at once: enough for the tokenizer's threads, little enough that offsets (tuples) stay small.

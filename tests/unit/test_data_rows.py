@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from qlora_dist.config.errors import UserError
-from qlora_dist.data import rows as rows_module
+from qlora_dist.data import sources as sources_module
 from qlora_dist.data.formats import detect_format, to_conversation
-from qlora_dist.data.rows import Row, bundled_names, read_rows
+from qlora_dist.data.rows import Row
+from qlora_dist.data.sources import bundled_names, read_rows
 
 REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -57,7 +58,7 @@ def test_malformed_sources(tmp_path: Path, content: bytes, sentence: str) -> Non
 def test_missing_file_and_folder_name_the_field(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.eval: .*nothing\.jsonl does not exist; give the path"):
         read_rows(str(tmp_path / "nothing.jsonl"), split="eval")
-    with pytest.raises(UserError, match=r"data\.train: .* is a folder"):
+    with pytest.raises(UserError, match=r"data\.train: .* holds no file that ends in \.jsonl"):
         read_rows(str(tmp_path))
 
 
@@ -65,7 +66,7 @@ def test_bundled_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "pets.train.jsonl").write_text('{"a": 1}\n')
     (tmp_path / "pets.eval.jsonl").write_text('{"a": 2}\n{"a": 3}\n')
     (tmp_path / "cars.train.jsonl").write_text('{"a": 4}\n')
-    monkeypatch.setattr(rows_module, "_bundled_folder", lambda: tmp_path)
+    monkeypatch.setattr(sources_module, "_bundled_folder", lambda: tmp_path)
     assert bundled_names("train") == ["cars", "pets"]
     assert [r.data["a"] for r in read_rows("bundled:pets")] == [1]
     assert [r.data["a"] for r in read_rows("bundled:pets", 1, split="eval")] == [2]
@@ -109,11 +110,11 @@ def test_a_named_format_wins_and_ambiguity_is_refused() -> None:
 
 def test_undetectable_lists_keys_and_formats() -> None:
     with pytest.raises(UserError) as caught:
-        detect_format([row({"text": "t", "id": 1})])
+        detect_format([row({"body": "t", "id": 1})])
     assert caught.value.message == (
-        "x.jsonl:7 fits no known format (keys: id, text); data.format accepts messages (messages); alpaca "
-        "(instruction/output); prompt_completion (prompt/completion); question_answer (question/answer or "
-        "instruction/response)."
+        "x.jsonl:7 fits no known format (keys: body, id); map its keys with data.fields, or use those of messages "
+        "(messages), alpaca (instruction/output), prompt_completion (prompt/completion), question_answer "
+        "(question/answer or instruction/response), sharegpt (conversations), text (text)."
     )
 
 

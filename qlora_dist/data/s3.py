@@ -1,0 +1,93 @@
+"""Objects in S3 and in stores that speak its protocol, through Arrow's client.
+
+Credentials, region and endpoint come from where AWS tools find them: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+AWS_SESSION_TOKEN, AWS_PROFILE, AWS_DEFAULT_REGION, AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, ~/.aws, an instance's role.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pyarrow.fs import FileSelector, FileType, S3FileSystem
+
+from qlora_dist.config.errors import UserError
+
+CONNECT_TIMEOUT_S = 10.0
+REQUEST_TIMEOUT_S = 60.0
+
+
+def list_objects(url: str, field: str) -> tuple[S3FileSystem, list[str]]:
+    """The store, and `bucket/key` of the object `url` or of all objects below it, sorted.
+
+    Raises:
+        UserError: there is no such object or prefix, no access, or no answer.
+    """
+    path = url.removeprefix("s3://").rstrip("/")
+    if not path:
+        raise UserError(f"{field}: {url} names no bucket; write s3://BUCKET/KEY.")
+    with _explained(url, field):
+        store = _store()
+        info = store.get_file_info(path)
+        if info.type == FileType.File:
+            return store, [path]
+        if info.type == FileType.NotFound:
+            raise UserError(f"{field}: there is nothing at {url}; mend the bucket or the key.")
+        found = store.get_file_info(FileSelector(path, recursive=True))
+    return store, sorted(entry.path for entry in found if entry.type == FileType.File)
+
+
+@contextmanager
+def open_object(store: S3FileSystem, path: str, field: str) -> Iterator[BinaryIO]:
+    """One object, open for reading at any place.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with _explained(f"s3://{path}", field):
+        file: Any = store.open_input_file(path)
+    with file:
+        yield file
+
+
+def _store() -> S3FileSystem:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION")
+    return S3FileSystem(
+        endpoint_override=endpoint,
+        # A store of one's own has no regions to ask for.
+        region=region or ("us-east-1" if endpoint else None),
+        connect_timeout=CONNECT_TIMEOUT_S,
+        request_timeout=REQUEST_TIMEOUT_S,
+    )
+
+
+@contextmanager
+def _explained(url: str, field: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = str(error)
+        if "ACCESS_DENIED" in reason or "HTTP status 403" in reason or "HTTP status 401" in reason:
+            if not _has_credentials():
+                raise UserError(
+                    f"{field}: {url} needs AWS credentials and none are set; set AWS_ACCESS_KEY_ID and "
+                    "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, on every node."
+                ) from error
+            raise UserError(
+                f"{field}: access to {url} is denied with these AWS credentials; check them and their rights."
+            ) from error
+        if "NO_SUCH_BUCKET" in reason or "does not exist" in reason or "HTTP status 404" in reason:
+            raise UserError(f"{field}: there is nothing at {url}; mend the bucket or the key.") from error
+        if "NETWORK_CONNECTION" in reason or "curlCode" in reason:
+            raise UserError(
+                f"{field}: the store of {url} does not answer; check the network, AWS_ENDPOINT_URL and the region."
+            ) from error
+        raise UserError(f"{field}: {url} cannot be read ({reason.splitlines()[0]}); check the key.") from error
+
+
+def _has_credentials() -> bool:
+    if os.environ.get("AWS_ACCESS_KEY_ID") or os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE"):
+        return True
+    return Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")).expanduser().is_file()

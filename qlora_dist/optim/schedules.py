@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from transformers import get_scheduler
 
 from qlora_dist.config.schema import TrainConfig
 
@@ -18,6 +17,9 @@ def build_schedule(config: TrainConfig, total_steps: int) -> Callable[[int], flo
     Args:
         total_steps: optimizer steps of the whole run, warm-up included.
     """
+    # Imports bitsandbytes, which talks while doing so; the model room has it muted by now.
+    from transformers import get_scheduler
+
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
     stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
     scheduler = get_scheduler(config.lr_scheduler_type, stand_in, warmup, total_steps)

@@ -98,15 +98,44 @@ class AdapterConfig(Section):
         return str(self.init_lora_weights).startswith(("pissa", "loftq"))
 
 
+FieldName = Literal[
+    "messages", "conversations", "text", "prompt", "completion", "instruction", "input", "output", "question", "answer",
+    "response", "system",
+]  # fmt: skip
+
+
+class FilterConfig(Section):
+    """Which rows are left out before training; every kind is counted and shown."""
+
+    min_chars: PositiveInt | None = Field(None, description="Characters of all messages of a row together.")
+    max_chars: PositiveInt | None = None
+    min_tokens: PositiveInt | None = Field(None, description="Tokens of a row with its chat template.")
+    max_tokens: PositiveInt | None = Field(None, description="Beside max_length, which is the size of a pack.")
+    drop_empty_answers: bool = Field(False, description="An empty answer is left out instead of an error.")
+    drop_duplicates: bool = Field(False, description="Keep the first of rows that differ in white space only.")
+    drop_leaked: bool = Field(False, description="Leave out held-out rows that are training rows too.")
+
+
 class DataConfig(Section):
     """Rows in, packs out."""
 
-    train: str = Field(description="A JSONL file, or `bundled:NAME` for a dataset that ships with the project.")
-    eval: str | None = Field(None, description="Held-out rows: a JSONL file or `bundled:NAME`.")
+    train: str = Field(
+        description="A .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, a folder that `datasets` saved, "
+        "s3://BUCKET/KEY, a hub id `owner/name[:subset][@revision]`, or `bundled:NAME`; `#SPLIT` picks a split."
+    )
+    eval: str | None = Field(None, description="Held-out rows: a source as `train` takes it.")
     eval_split: Annotated[float, Field(ge=0.0)] = Field(
         0.0, description="Hold out this share (below 1) or number of training rows; excludes `eval`."
     )
-    format: Literal["auto", "messages", "alpaca", "prompt_completion", "question_answer"] = "auto"
+    format: Literal["auto", "messages", "alpaca", "prompt_completion", "question_answer", "sharegpt", "text"] = "auto"
+    fields: dict[FieldName, str] | None = Field(
+        None, description="For other rows: our key -> their column, a path `a.b`, or a text with `{column}` in it."
+    )
+    chat_template: str | None = Field(
+        None, description="In place of the tokenizer's: a name (chatml, llama-3, mistral, ...) or a .jinja file."
+    )
+    on_bad_row: Literal["error", "skip"] = Field("error", description="`skip` leaves malformed rows out, counted.")
+    filter: FilterConfig = Field(default_factory=FilterConfig)
     max_length: PositiveInt = Field(2048, description="Tokens a pack holds at most.")
     too_long: Literal["truncate", "drop", "error"] = Field(
         "truncate", description="What becomes of a row of more than `max_length` tokens."
@@ -286,6 +315,10 @@ def contradictions(config: RunConfig) -> Iterator[str]:
         yield "data.eval and data.eval_split are both set; remove one of them"
     if data.eval_split > 1 and data.eval_split != int(data.eval_split):
         yield f"data.eval_split is {data.eval_split}; give a share below 1 or a whole number of rows"
+    for unit in ("chars", "tokens"):
+        low, high = getattr(data.filter, f"min_{unit}"), getattr(data.filter, f"max_{unit}")
+        if low is not None and high is not None and low > high:
+            yield f"data.filter.min_{unit} ({low}) is more than data.filter.max_{unit} ({high}); no row could pass"
     if data.eval is None and not data.eval_split:
         for field in ("eval_steps", "early_stopping_patience", "load_best_model_at_end", "sample_prompts"):
             if getattr(evaluation, field):

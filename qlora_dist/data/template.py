@@ -43,20 +43,26 @@ class Rendered:
 
 
 def encode_conversations(
-    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, assistant_only_loss: bool = True
+    conversations: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    assistant_only_loss: bool = True,
+    skip_refused: bool = False,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Token ids (int32 [T]) and loss mask (bool [T]) of each conversation.
 
     `loss_mask[t]` says whether predicting token t, from those before it, bears loss; so `loss_mask[0]` is False.
     Special tokens are the template's: none is added to a rendered chat, so a bos in the template is not doubled.
     Prompt/completion strings on a tokenizer without a chat template are concatenated, with eos after them and bos
-    before them where the tokenizer puts one.
+    before them where the tokenizer puts one; so is plain text, all of which bears loss. With `skip_refused` a row that
+    the template refuses gives no tokens.
 
     Raises:
         UserError: there is no chat template, it refuses the messages, or the assistant's part cannot be found in it.
     """
     template = _chat_template(conversations, tokenizer)
-    rendered = [_render(conversation, tokenizer, template, assistant_only_loss) for conversation in conversations]
+    rendered = [
+        _render(conversation, tokenizer, template, assistant_only_loss, skip_refused) for conversation in conversations
+    ]
     return _encode(rendered, tokenizer)
 
 
@@ -98,16 +104,22 @@ def _chat_template(conversations: Sequence[Conversation], tokenizer: PreTrainedT
     if chat is not None:
         raise UserError(
             f"model.name: the tokenizer of {tokenizer.name_or_path} has no chat template, which "
-            f"{chat.row.where} needs; use the instruct version of the model, or data with `prompt` "
-            "and `completion` as strings."
+            f"{chat.row.where} needs; use the instruct version of the model, data with `prompt` "
+            "and `completion` as strings, or name a template in data.chat_template."
         )
     return None
 
 
 def _render(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, template: str | None, assistant_only_loss: bool
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    assistant_only_loss: bool,
+    skip_refused: bool,
 ) -> Rendered:
     messages = conversation.messages
+    if conversation.text:
+        return Rendered(messages[0]["content"], None, add_bos_eos=True)
     if template is None:
         prompt, completion = (message["content"] for message in messages)
         text = prompt + completion
@@ -120,9 +132,11 @@ def _render(
         else:
             text, spans = _render_prefixes(conversation, tokenizer, template)
     except TemplateError as error:
+        if skip_refused:
+            return Rendered("", [])
         raise UserError(
             f"{conversation.row.where}: the chat template of {tokenizer.name_or_path} refuses these messages "
-            f"({error}); mend the row."
+            f"({error}); mend the row, or set data.on_bad_row: skip."
         ) from error
     if not spans:
         raise UserError(

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import DataConfig
+from qlora_dist.data.chat_templates import load_chat_template
+from qlora_dist.data.filters import Intake, check_leaks, load_rows
 from qlora_dist.data.formats import detect_format, to_conversation
 from qlora_dist.data.rows import Row, Split
-from qlora_dist.data.sources import read_rows
 from qlora_dist.data.template import encode_conversations
 
 # Rows tokenised at once: enough for the tokenizer's threads, little enough that offsets (tuples) stay small.
@@ -28,10 +29,12 @@ class TokenSummary:
         rows: rows read.
         documents: rows kept.
         truncated: documents cut at `max_length`.
-        dropped: rows left out, by reason: `too_long`, `no_loss` (no loss-bearing token within `max_length`).
+        dropped: rows left out, by reason: `too_long`, `no_loss` (no loss-bearing token within `max_length`),
+            `too_short`, `refused` (by the chat template).
         tokens: tokens of all documents.
         loss_tokens: predictions that bear loss (a document's first token is never one).
         longest: tokens of the longest document.
+        intake: what became of the rows before this; None where they came from no source.
     """
 
     rows: int
@@ -41,6 +44,7 @@ class TokenSummary:
     tokens: int
     loss_tokens: int
     longest: int
+    intake: Intake | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +111,9 @@ def build_table(
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = rows[start : start + CHUNK_ROWS]
         conversations = [to_conversation(row, format_) for row in chunk]
-        encoded = encode_conversations(conversations, tokenizer, config.assistant_only_loss)
+        encoded = encode_conversations(
+            conversations, tokenizer, config.assistant_only_loss, config.on_bad_row == "skip"
+        )
         for conversation, (ids, mask) in zip(conversations, encoded, strict=True):
             row = conversation.row
             too_long = len(ids) > config.max_length
@@ -116,8 +122,9 @@ def build_table(
                     f"{row.where} has {len(ids)} tokens, data.max_length is {config.max_length}; raise it, or set "
                     "data.too_long to truncate or drop."
                 )
-            if too_long and config.too_long == "drop":
-                dropped["too_long"] += 1
+            reason = _left_out(len(ids), config)
+            if reason is not None:
+                dropped[reason] = dropped.get(reason, 0) + 1
             elif not mask[: config.max_length].any():
                 dropped["no_loss"] += 1
             else:
@@ -147,13 +154,19 @@ def prepare_data(
     """
     if config.eval is not None and config.eval_split:
         raise UserError("data.eval and data.eval_split are both set; remove one of them.")
-    rows = read_rows(config.train, config.max_rows)
+    if config.chat_template is not None:
+        tokenizer.chat_template = load_chat_template(config.chat_template)
+    rows, intake = load_rows(config)
     if config.eval is not None:
-        eval_rows = read_rows(config.eval, config.max_eval_rows, split="eval")
+        eval_rows, eval_intake = load_rows(config, "eval")
     else:
         rows, eval_rows = split_rows(rows, config.eval_split, seed, config.max_eval_rows)
-    train = build_table(rows, tokenizer, config)
-    return train, build_table(eval_rows, tokenizer, config, split="eval") if eval_rows else None
+        eval_intake = Intake(len(eval_rows), intake.format)
+    eval_rows, eval_intake = check_leaks(rows, eval_rows, eval_intake, intake.format, config)
+    train = _with_intake(build_table(rows, tokenizer, config), intake)
+    if not eval_rows:
+        return train, None
+    return train, _with_intake(build_table(eval_rows, tokenizer, config, split="eval"), eval_intake)
 
 
 def split_rows(
@@ -176,6 +189,20 @@ def split_rows(
     held_out = set(np.argsort(np.random.Philox(seed).random_raw(len(rows)), kind="stable")[:count].tolist())
     train = [row for index, row in enumerate(rows) if index not in held_out]
     return train, [rows[index] for index in sorted(held_out)]
+
+
+def _with_intake(table: TokenTable, intake: Intake) -> TokenTable:
+    return replace(table, summary=replace(table.summary, intake=intake))
+
+
+def _left_out(length: int, config: DataConfig) -> str | None:
+    """Why a row of so many tokens is left out, if it is."""
+    if length == 0:
+        return "refused"
+    if config.filter.min_tokens is not None and length < config.filter.min_tokens:
+        return "too_short"
+    dropped_above = [config.filter.max_tokens, config.max_length if config.too_long == "drop" else None]
+    return "too_long" if any(limit is not None and length > limit for limit in dropped_above) else None
 
 
 def _table(

@@ -48,7 +48,7 @@ class ModelConfig(Section):
 
 def _init_name(name: str) -> str:
     if name not in ("gaussian", "orthogonal", "pissa", "loftq") and not re.fullmatch(r"pissa_niter_[1-9]\d*", name):
-        raise ValueError("gaussian, orthogonal, pissa, pissa_niter_N (N a number) or loftq")
+        raise ValueError("'gaussian', 'orthogonal', 'pissa', 'pissa_niter_N' (N: rounds) or 'loftq'")
     return name
 
 
@@ -339,7 +339,7 @@ def contradictions(config: RunConfig) -> Iterator[str]:
     if adapter.changes_base and (config.model.quantization == "none" or config.model.cache_quantized is None):
         yield (
             f"adapter.init_lora_weights={adapter.init_lora_weights} changes the quantised base, which has to be kept "
-            "for the adapter to be of use; set model.cache_quantized to a new folder and model.quantization to nf4 or fp4"
+            "for the adapter to be of use; set model.cache_quantized to a folder and model.quantization to nf4 or fp4"
         )
     if workers > 1 and config.shard.strategy == "none":
         yield f"shard.strategy is none but launch.num_workers is {workers}; set shard.strategy to ddp or auto"

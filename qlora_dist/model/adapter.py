@@ -59,7 +59,7 @@ def attach_adapter(
         with quiet_libraries():
             adapted = get_peft_model(model, lora, adapter_name=ADAPTER)
         if config.path is None and config.init_lora_weights == "orthogonal":
-            _init_orthogonal(adapted, config.r)
+            _init_orthogonal(adapted)
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{origin}: PEFT refuses these settings ({reason}); correct them.") from error
@@ -201,16 +201,17 @@ def _adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _new_lora(config: AdapterConfig) -> "LoraConfig":
     from peft import LoraConfig
 
-    settings = config.model_dump(exclude={"path"})
+    settings = config.model_dump(exclude={"path", "loftq_config"})
     if config.init_lora_weights == "orthogonal":
-        if config.r % 2:
-            raise UserError(f"adapter.r: init_lora_weights=orthogonal needs an even rank, not {config.r}; change it.")
+        odd = [rank for rank in (config.r, *config.rank_pattern.values()) if rank % 2]
+        if odd:
+            raise UserError(f"adapter.r: init_lora_weights=orthogonal needs an even rank, not {odd[0]}; change it.")
         # PEFT's own gives its weights the base's dtype, which fails on 4-bit layers, also when the adapter is loaded.
         settings["init_lora_weights"] = True
     return LoraConfig(task_type="CAUSAL_LM", **settings)
 
 
-def _init_orthogonal(adapted: "PeftModel", rank: int) -> None:
+def _init_orthogonal(adapted: "PeftModel") -> None:
     """A and B random in orthogonal halves of the rank space, so that B A = 0 though neither is.
 
     Source: https://datta0.github.io/posts/rethink-lora-init (as in PEFT).
@@ -219,7 +220,7 @@ def _init_orthogonal(adapted: "PeftModel", rank: int) -> None:
     for name, a_RI in weights.items():  # R: rank, I: inputs, O: outputs
         if not name.endswith(".lora_A.weight"):
             continue
-        b_OR = weights[name.replace(".lora_A.", ".lora_B.")]
+        b_OR, rank = weights[name.replace(".lora_A.", ".lora_B.")], a_RI.shape[0]
         basis_RR, _ = torch.linalg.qr(torch.randn(rank, rank))
         a_RI.data = (torch.randn(a_RI.shape[1], rank // 2) @ basis_RR[0::2]).T.contiguous().to(a_RI.device) / 10
         b_OR.data = (torch.randn(b_OR.shape[0], rank // 2) @ basis_RR[1::2]).to(b_OR.device) / 10
@@ -276,6 +277,25 @@ def _check_module_names(model: nn.Module, lora: "LoraConfig", origin: str) -> No
                 raise UserError(
                     f"{origin}: {field} names {name!r}, which the base lacks; nearest are {_nearest(name, names)}."
                 )
+    for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for pattern in patterns or {}:
+            try:
+                expression = re.compile(rf"(.*\.)?({pattern})$")
+            except re.error as error:
+                raise UserError(f"{origin}: {field} names {pattern!r}, no valid pattern ({error}).") from error
+            if not any(expression.match(name) for name in names):
+                raise UserError(
+                    f"{origin}: {field} names {pattern!r}, which matches no module; "
+                    f"nearest are {_nearest(pattern, names)}."
+                )
+    wanted_layers = lora.layers_to_transform
+    num_layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    for layer in [wanted_layers] if isinstance(wanted_layers, int) else wanted_layers or []:
+        if num_layers is not None and layer >= num_layers:
+            raise UserError(
+                f"{origin}: layers_to_transform names layer {layer}, but the base has {num_layers}, "
+                f"counted from 0; give numbers up to {num_layers - 1}."
+            )
     for name, module in model.named_modules():
         if any(name == saved or name.endswith("." + saved) for saved in lora.modules_to_save or []) and any(
             getattr(p, "quant_state", None) is not None for p in module.parameters()

@@ -1,4 +1,4 @@
-"""The frozen base model on its device, in NF4 or in the compute dtype, and its tokenizer."""
+"""The frozen base model on its device, in NF4, FP4 or in the compute dtype, and its tokenizer."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,18 @@ from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.model.folders import folder_lock, publish_folder
 from qlora_dist.model.gguf import SOURCE_FILE
-from qlora_dist.model.quiet import mute_known_chatter, quiet_libraries
+from qlora_dist.model.quiet import quiet_libraries
 from qlora_dist.model.resolve import is_hub_id
+from qlora_dist.model.stream import stream_model
+from qlora_dist.model.tensors import folder_tensors
 from qlora_dist.model.weights import base_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STAMP_FILE = "quantized_cache.json"
+# A shard passes through host memory while it is written.
+SHARD_SIZE = "1GB"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -65,9 +69,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
 def load_base(config: ModelConfig, folder: Path, device: torch.device) -> "PreTrainedModel":
     """The base model on `device`, frozen, without a key-value cache, in evaluation mode.
 
-    With `quantization: nf4`, linear layers are bitsandbytes `Linear4bit`; embeddings and `lm_head` keep the compute
-    dtype. With `cache_quantized`, the quantised model is read from that folder, which the first process to need it
-    writes (the others wait).
+    With `quantization: nf4` or `fp4`, linear layers are bitsandbytes `Linear4bit`; embeddings and `lm_head` keep the
+    compute dtype. With `cache_quantized`, the quantised model is read from that folder, which the first process to
+    need it writes (the others wait).
 
     Raises:
         UserError: the cache is damaged or another base's or setting's; the base comes quantised in another way; the
@@ -79,10 +83,10 @@ def load_base(config: ModelConfig, folder: Path, device: torch.device) -> "PreTr
     if own_quantization:
         _check_own_quantization(config, folder, own_quantization)
         model = _from_folder(config, folder, device, dtype, quantize=False)
-    elif config.quantization == "nf4" and config.cache_quantized is not None:
+    elif config.quantization != "none" and config.cache_quantized is not None:
         model = _through_cache(config, folder, device, dtype)
     else:
-        model = _from_folder(config, folder, device, dtype, quantize=config.quantization == "nf4")
+        model = _from_folder(config, folder, device, dtype, quantize=config.quantization != "none")
     if device.type == "cpu":
         keep_exact_cpu_kernels(model)
     model.requires_grad_(False)
@@ -97,7 +101,7 @@ def is_loaded_from_hub(config: ModelConfig) -> bool:
 
 
 def keep_exact_cpu_kernels(model: torch.nn.Module) -> None:
-    """Stop bitsandbytes from repacking NF4 weights in evaluation on CPUs with AVX512-BF16.
+    """Stop bitsandbytes from repacking 4-bit weights in evaluation on CPUs with AVX512-BF16.
 
     Its repacked layers compute in bf16 whatever the compute dtype and, from the first evaluation on, pass no gradient
     to their input (`gemv_4bit` has no backward), so that training after an evaluation would go wrong silently.
@@ -116,31 +120,7 @@ def linear4bit_layers(model: torch.nn.Module) -> list[Any]:
 def _from_folder(
     config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype, quantize: bool
 ) -> "PreTrainedModel":
-    mute_known_chatter()
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=config.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    try:
-        with quiet_libraries():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                device_map={"": device},
-                attn_implementation=config.attn_implementation,
-                trust_remote_code=config.trust_remote_code,
-                use_safetensors=True,
-                **({"quantization_config": nf4} if quantize else {}),
-            )
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"model.name: {config.name} does not fit into the memory of {device}; "
-            "use model.quantization=nf4, a smaller model, or a GPU with more memory."
-        ) from error
+    model = stream_model(config, folder, folder_tensors(folder), device, dtype, quantize)
     # A folder that was quantised elsewhere brings the compute dtype of its writer.
     for module in linear4bit_layers(model):
         module.compute_dtype, module.compute_type_is_set = dtype, True
@@ -170,7 +150,7 @@ def _write_cache(
     model: "PreTrainedModel", config: ModelConfig, folder: Path, partial: Path, settings: dict[str, Any]
 ) -> None:
     with quiet_libraries():
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
     load_tokenizer(folder, config.trust_remote_code).save_pretrained(partial)
     if (folder / SOURCE_FILE).is_file():
         (partial / SOURCE_FILE).write_bytes((folder / SOURCE_FILE).read_bytes())
@@ -199,10 +179,15 @@ def _check_cache(cache: Path, settings: dict[str, Any]) -> None:
 
 def _check_own_quantization(config: ModelConfig, folder: Path, own: dict[str, Any]) -> None:
     kind = own.get("bnb_4bit_quant_type") if own.get("load_in_4bit") else own.get("quant_method")
-    if config.quantization == "none" or kind != "nf4":
+    if kind != config.quantization:
+        mend = (
+            f"set model.quantization={kind}"
+            if kind in ("nf4", "fp4")
+            else "choose an unquantised base or a bitsandbytes NF4 or FP4 one"
+        )
         raise UserError(
             f"model.name: {folder} is already quantised ({kind}), which does not go with model.quantization="
-            f"{config.quantization}; choose an unquantised base or a bitsandbytes NF4 one with quantization=nf4."
+            f"{config.quantization}; {mend}."
         )
     if own.get("bnb_4bit_use_double_quant", False) != config.double_quant:
         raise UserError(

@@ -19,6 +19,9 @@ def build_optimizer(
 ) -> Optimizer:
     """The optimizer that `train.optim` names, over `parameters` in their order.
 
+    With `train.loraplus_lr_ratio` (LoRA+, https://arxiv.org/abs/2402.12354) the B matrices of the adapter are a
+    parameter group of their own, whose `lr_ratio` multiplies the learning rate.
+
     Paged optimizers keep state in memory that can leave a GPU under pressure. A CPU has no such thing: there they
     run unpaged, and `notice` is told so.
     """
@@ -30,12 +33,13 @@ def build_optimizer(
     adam: dict[str, Any] = dict(
         lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, weight_decay=config.weight_decay
     )
+    lion: dict[str, Any] = dict(lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay)
     name: str = config.optim
     if name.startswith("paged_") and device.type != "cuda":
         unpaged = name.removeprefix("paged_")
         notice(f"train.optim: {name} runs as {unpaged} on a {device.type.upper()}, which has no memory to page from")
         name = unpaged
-    trained = list(parameters.values())
+    trained = parameter_groups(parameters, config)
     match name:
         case "paged_adamw_8bit":
             return bnb.optim.PagedAdamW8bit(trained, **adam)
@@ -45,6 +49,10 @@ def build_optimizer(
             return bnb.optim.PagedAdamW32bit(trained, **adam)
         case "adamw_32bit":
             return bnb.optim.AdamW32bit(trained, **adam)
+        case "paged_lion_8bit":
+            return bnb.optim.PagedLion8bit(trained, **lion)
+        case "lion_8bit":
+            return bnb.optim.Lion8bit(trained, **lion)
         case "adamw_torch":
             return torch.optim.AdamW(trained, **adam)
         case "sgd":
@@ -52,10 +60,24 @@ def build_optimizer(
     raise ValueError(f"unknown optimizer {name}")
 
 
+def parameter_groups(parameters: dict[str, nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
+    """One group of all parameters, or with LoRA+ two: the B matrices (of embeddings too), and the rest before them."""
+    ratio = config.loraplus_lr_ratio
+    if ratio is None:
+        return [{"params": list(parameters.values())}]
+    raised = [p for name, p in parameters.items() if ".lora_B." in name or ".lora_embedding_B" in name]
+    ids = {id(p) for p in raised}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters.values() if id(p) not in ids]},
+        {"params": raised, "lr": config.learning_rate * ratio, "lr_ratio": ratio},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Use `learning_rate` for the next step."""
+    """Use `learning_rate` for the next step, times the ratio of a group that has one."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
 
 
 def optimizer_state(
@@ -89,11 +111,16 @@ def load_optimizer_state(
                 "resume with the adapter settings of the checkpoint"
             )
         stored[name][key] = value
-    for index, (name, parameter) in enumerate(parameters.items()):
+    places = {
+        id(parameter): (g, p)
+        for g, group in enumerate(optimizer.param_groups)
+        for p, parameter in enumerate(group["params"])
+    }
+    for name, parameter in parameters.items():
         if not stored[name]:
             continue
         if hasattr(optimizer, "init_state"):
-            _load_into_bitsandbytes(optimizer, name, parameter, index, stored[name])
+            _load_into_bitsandbytes(optimizer, name, parameter, places[id(parameter)], stored[name])
         else:
             if "state1" in stored[name]:
                 raise _other_optimizer(name)
@@ -104,9 +131,9 @@ def load_optimizer_state(
 
 
 def _load_into_bitsandbytes(
-    optimizer: Any, name: str, parameter: nn.Parameter, index: int, stored: dict[str, Any]
+    optimizer: Any, name: str, parameter: nn.Parameter, place: tuple[int, int], stored: dict[str, Any]
 ) -> None:
-    optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
+    optimizer.init_state(optimizer.param_groups[place[0]], parameter, *place)
     state = optimizer.state[parameter]
     if stored.keys() != state.keys() - CONSTANT_KEYS:
         raise _other_optimizer(name)

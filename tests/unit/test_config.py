@@ -29,7 +29,7 @@ def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
         (MINIMAL + "train:\n  max_steps: -1\n", [], "train.max_steps is -1 (FILE, line 4); it must be greater than 0"),
         (MINIMAL + "foo: 1\n", [], "foo is not a setting (FILE, line 3); the settings there are name,"),
         (MINIMAL, ["shard.strategy=zero9"], "it must be 'auto', 'none' or 'ddp'"),
-        (MINIMAL, ["adapter.init_lora_weights=gausian"], "it must be true or false or 'gaussian' or 'orthogonal'"),
+        (MINIMAL, ["adapter.init_lora_weights=gausian"], "it must be true or false or 'gaussian', 'orthogonal', "),
         (MINIMAL, ["adapter.target_modules={a: 1}"], "it must be text or a list"),
         (MINIMAL, ["name=a/b"], "it must be letters, digits"),
         (MINIMAL, ["train=3"], "train is a section (given as train=3)"),

@@ -1,6 +1,7 @@
 """Adapters: PEFT's own format, exact round trips, deterministic starts, and what is refused."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "embeddings": {"modules_to_save": ["embed_tokens"], "use_dora": True},
     "norms and both": {"modules_to_save": ["lm_head", "embed_tokens", "input_layernorm"]},
     "embedding target": {"target_modules": ["embed_tokens", "q_proj"]},
+    "one layer": {"layers_to_transform": [1], "target_modules": ["q_proj", "up_proj"]},
+    "ranks": {
+        "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\..*": 6},
+        "alpha_pattern": {"q_proj": 64},
+        "init_lora_weights": "orthogonal",
+    },
 }
 
 
@@ -294,3 +301,33 @@ def test_state_of_another_shape_changes_nothing(tiny_model: Path) -> None:
     with pytest.raises(UserError, match="Checkpoint step_7 lacks"):
         load_adapter_state(model, incomplete, source="Checkpoint step_7")
     assert all(torch.equal(tensor, changed[name]) for name, tensor in adapter_state(model).items())
+
+
+def test_layers_and_patterns_shape_the_adapter(tiny_model: Path) -> None:
+    model = attach_adapter(base(tiny_model), AdapterConfig(**KINDS["one layer"]), seed=0)
+    assert {name.split(".layers.")[1].split(".lora")[0] for name in trainable_parameters(model)} == {
+        "1.self_attn.q_proj", "1.mlp.up_proj"
+    }  # fmt: skip
+    model = attach_adapter(base(tiny_model), AdapterConfig(**KINDS["ranks"]), seed=0)
+    ranks = {n.split(".model.model.")[1]: p.shape[0] for n, p in trainable_parameters(model).items() if "lora_A" in n}
+    assert ranks["layers.0.self_attn.q_proj.lora_A.weight"] == 2
+    assert ranks["layers.0.mlp.up_proj.lora_A.weight"] == 16
+    assert ranks["layers.1.mlp.up_proj.lora_A.weight"] == 6
+    layers = model.get_base_model().model.layers
+    assert layers[0].self_attn.q_proj.scaling == {"default": 64 / 2}
+    assert layers[1].mlp.up_proj.scaling == {"default": 32 / 6}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"rank_pattern": {"q_prj": 4}}, "rank_pattern names 'q_prj', which matches no module; nearest are q_proj"),
+        ({"alpha_pattern": {"q_(": 4}}, "no valid pattern"),
+        ({"layers_to_transform": [0, 2]}, "names layer 2, but the base has 2, counted from 0; give numbers up to 1"),
+        ({"layers_to_transform": 1, "layers_pattern": "nothing"}, "PEFT refuses these settings"),
+        ({"init_lora_weights": "orthogonal", "rank_pattern": {"q_proj": 3}}, "needs an even rank, not 3"),
+    ],
+)
+def test_patterns_that_match_nothing(tiny_model: Path, settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        attach_adapter(base(tiny_model), AdapterConfig(**{"target_modules": ["q_proj"], **settings}), seed=0)

@@ -10,14 +10,14 @@ from qlora_dist.config.schema import TrainConfig
 from qlora_dist.optim.optimizers import build_optimizer, load_optimizer_state, optimizer_state, set_learning_rate
 from qlora_dist.optim.schedules import build_schedule
 
-OPTIMS = ["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch", "sgd"]
+OPTIMS = ["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_lion_8bit", "lion_8bit", "adamw_torch", "sgd"]
 
 
 def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     # One above and one below the 4,096 elements from which bitsandbytes keeps 8-bit state.
     return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in
-            {"large": (64, 96), "small": (10,)}.items()}  # fmt: skip
+            {"large": (64, 96), "q.lora_B.weight": (96, 64), "small": (10,)}.items()}  # fmt: skip
 
 
 def take_steps(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], steps: range) -> None:
@@ -28,9 +28,10 @@ def take_steps(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter],
         optimizer.step()
 
 
+@pytest.mark.parametrize("ratio", [None, 16.0])
 @pytest.mark.parametrize("optim", OPTIMS)
-def test_resumed_steps_equal_uninterrupted_ones_exactly(optim: str) -> None:
-    config = TrainConfig(optim=optim, learning_rate=1e-2, weight_decay=0.01)
+def test_resumed_steps_equal_uninterrupted_ones_exactly(optim: str, ratio: float | None) -> None:
+    config = TrainConfig(optim=optim, learning_rate=1e-2, weight_decay=0.01, loraplus_lr_ratio=ratio)
     whole = parameters()
     take_steps(build_optimizer(whole, config), whole, range(6))
 
@@ -100,3 +101,47 @@ def test_warmup_ratio_counts_all_steps() -> None:
         TrainConfig(warmup_ratio=0.25, learning_rate=1.0, lr_scheduler_type="constant_with_warmup"), 20
     )
     assert [rate(step) for step in (0, 1, 5)] == [0.0, 0.2, 1.0]
+
+
+def test_loraplus_raises_the_rate_of_b_matrices_alone() -> None:
+    """SGD without momentum moves a weight by rate x gradient: the ratio of the moves is that of the rates."""
+    named = parameters()
+    before = {name: parameter.detach().clone() for name, parameter in named.items()}
+    optimizer = build_optimizer(named, TrainConfig(optim="sgd", loraplus_lr_ratio=8.0))
+    set_learning_rate(optimizer, 0.25)
+    for parameter in named.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moved = {name: (before[name] - parameter.detach()) for name, parameter in named.items()}
+    for name, expected in (("large", 0.25), ("q.lora_B.weight", 2.0), ("small", 0.25)):
+        torch.testing.assert_close(moved[name], torch.full_like(moved[name], expected))
+
+
+def test_checkpoint_state_is_the_same_with_and_without_loraplus() -> None:
+    states = []
+    for ratio in (None, 4.0):
+        named = parameters()
+        optimizer = build_optimizer(named, TrainConfig(optim="adamw_8bit", loraplus_lr_ratio=ratio))
+        take_steps(optimizer, named, range(2))
+        states.append(optimizer_state(optimizer, named))
+    (plain, plain_numbers), (raised, raised_numbers) = states
+    assert plain_numbers == raised_numbers
+    assert list(plain) == list(raised)
+    # Adam's state follows the gradients alone, so not even its values know the learning rate.
+    assert all(torch.equal(plain[key], raised[key]) for key in plain)
+
+
+def test_lion_steps_are_the_papers() -> None:
+    """Lion (https://arxiv.org/abs/2302.06675) in float64; a small tensor has fp32 state, so only rounding differs."""
+    named = parameters()
+    config = TrainConfig(optim="paged_lion_8bit", learning_rate=1e-2, weight_decay=0.1, adam_beta2=0.99)
+    optimizer = build_optimizer(named, config, lambda text: None)
+    weight, momentum = named["small"].detach().double(), torch.zeros(10, dtype=torch.float64)
+    for step in range(4):
+        take_steps(optimizer, named, range(step, step + 1))
+        grad = named["small"].grad
+        assert grad is not None
+        update = torch.sign(0.9 * momentum + 0.1 * grad.double())
+        weight = weight * (1 - 1e-2 * 0.1) - 1e-2 * update
+        momentum = 0.99 * momentum + 0.01 * grad.double()
+    torch.testing.assert_close(named["small"].detach().double(), weight, rtol=1e-6, atol=1e-7)

@@ -1,0 +1,125 @@
+"""A model built empty and filled a tensor at a time: read or made, quantised on the device, freed."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora_dist.config.errors import UserError
+from qlora_dist.config.schema import ModelConfig
+from qlora_dist.model.quiet import mute_known_chatter, quiet_libraries
+from qlora_dist.model.tensors import LazyTensor
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+
+def bnb_config(config: ModelConfig, dtype: torch.dtype) -> "BitsAndBytesConfig":
+    """bitsandbytes' settings for `model.quantization` nf4 or fp4."""
+    mute_known_chatter()
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.quantization,
+        bnb_4bit_use_double_quant=config.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def empty_model(config: ModelConfig, folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    """The model that config.json in `folder` describes, on the meta device: shapes without memory, unquantised.
+
+    Raises:
+        UserError: the architecture lacks the attention implementation.
+    """
+    mute_known_chatter()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with quiet_libraries(), torch.device("meta"):
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        if hasattr(hf_config, "quantization_config"):
+            del hf_config.quantization_config
+        try:
+            return AutoModelForCausalLM.from_config(
+                hf_config,
+                dtype=dtype,
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+            )
+        except ValueError as error:
+            if "attention implementation" not in str(error):
+                raise
+            raise UserError(
+                f"model.attn_implementation: a {hf_config.model_type} model cannot use "
+                f"{config.attn_implementation} with the installed transformers; set it to eager."
+            ) from error
+
+
+def stream_model(
+    config: ModelConfig,
+    folder: Path,
+    tensors: Mapping[str, LazyTensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: bool,
+) -> "PreTrainedModel":
+    """The model of `folder`'s config.json filled with `tensors`, in evaluation mode.
+
+    transformers does the filling (its renamings, tied weights, buffers, dtypes, and bitsandbytes' quantisation), so
+    that the result is what it makes of the folder itself. It is given tensors that exist one at a time: on the host
+    there is never more than the one at hand beside what stays there.
+
+    Raises:
+        UserError: it does not fit into the GPU's memory, or a weight of the model is missing or of another shape.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    model_class: Any = type(empty_model(config, folder, dtype))
+    with quiet_libraries():
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    try:
+        with quiet_libraries(), _one_at_a_time():
+            loaded: Any = model_class.from_pretrained(
+                None,
+                config=hf_config,
+                state_dict=dict(tensors),
+                dtype=dtype,
+                device_map={"": device},
+                attn_implementation=config.attn_implementation,
+                output_loading_info=True,
+                **({"quantization_config": bnb_config(config, dtype)} if quantize else {}),
+            )
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"model.name: {config.name} does not fit into the memory of {device}; "
+            "use model.quantization=nf4, a smaller model, or a GPU with more memory."
+        ) from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model.name: {folder} lacks {missing[0]} and {len(missing) - 1} more weights that its config.json "
+            "promises; fetch the model again."
+        )
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    # transformers' loading threads run ahead of what they feed and hold several tensors at once.
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,6 +1,7 @@
 """Commands: parse, call, print."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from rich.table import Table
 from qlora_dist import __version__
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import load_config, to_yaml
+from qlora_dist.config.redact import redact
 from qlora_dist.config.schema import RunConfig
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Distributed QLoRA fine-tuning.")
@@ -34,7 +36,53 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     run_dir = run_config.run_dir.absolute()
     with watching(run_dir):
         code = launch(run_config, run_dir)
+    if run_config.track.report and os.environ.get("RANK", "0") == "0":
+        report_at_end(run_dir)
     raise typer.Exit(code)
+
+
+def report_at_end(run_dir: Path) -> None:
+    """Write report.html, if the run got as far as having metrics; that it fails is told and changes nothing."""
+    from qlora_dist.track.metrics import read_metrics
+
+    if not read_metrics(run_dir):
+        return
+    try:
+        from qlora_dist.track.report import write_report
+
+        print(f"  report  {write_report(run_dir)}")
+    except Exception as error:  # the run is over and its result stands, whatever is wrong with the report
+        print(redact(f"no report was written ({type(error).__name__}: {error})"), file=sys.stderr)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The run folder.", show_default=False)],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="RUN/report.html where not given.")] = None,
+) -> None:
+    """Write a run's report: one HTML file that opens offline."""
+    from qlora_dist.track.report import write_report
+
+    try:
+        print(write_report(run, output))
+    except OSError as error:
+        raise UserError(f"the report cannot be written ({error}); give another place with -o") from error
+
+
+@app.command()
+def runs(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="One folder of runs, or two and more runs.", show_default=False)
+    ] = None,
+) -> None:
+    """List the runs in a folder (`runs` where none is given), or compare two and more runs."""
+    from qlora_dist.track.runs import show_comparison, show_runs
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if folders and len(folders) > 1:
+        show_comparison(folders, console)
+    else:
+        show_runs(folders[0] if folders else Path("runs"), console)
 
 
 @config_app.command("show")
@@ -123,7 +171,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {error.message}", file=sys.stderr)
+        print(f"error: {redact(error.message)}", file=sys.stderr)
         sys.exit(2)
 
 

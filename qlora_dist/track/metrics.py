@@ -4,9 +4,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from qlora_dist.track.sinks import SinkThread
 
 FILE = "metrics.jsonl"
 
@@ -17,19 +19,23 @@ class MetricsLog:
     Opening it for an attempt that resumed at `resume_step` drops what earlier attempts wrote past that step, so that
     each metric has one value a step. The file is replaced, not edited: a worker of an earlier attempt that wakes up
     later goes on writing into the old file, which nobody reads.
+
+    Every sink gets the same records: those that are kept, then each one as it is written.
     """
 
-    def __init__(self, run_dir: Path, attempt: int, resume_step: int):
-        self.attempt = attempt
+    def __init__(self, run_dir: Path, attempt: int, resume_step: int, sinks: Sequence[SinkThread] = ()):
+        self.attempt, self.sinks = attempt, sinks
         path = run_dir / FILE
         replacement = path.with_suffix(".jsonl.new")
-        kept = [json.dumps(record) + "\n" for record in read_metrics(run_dir) if record["step"] <= resume_step]
+        kept = [record for record in read_metrics(run_dir) if resume_step and record["step"] <= resume_step]
         with replacement.open("w", encoding="utf-8") as file:
-            file.writelines(kept if resume_step else [])
+            file.writelines(json.dumps(record) + "\n" for record in kept)
             file.flush()
             os.fsync(file.fileno())
         replacement.replace(path)
         self._file = path.open("a", encoding="utf-8")
+        for record in kept:
+            self._feed(record)
 
     def write(self, step: int, **values: float | int | bool | None) -> None:
         """Append one record; a value that is not finite becomes null, which JSON can hold."""
@@ -37,11 +43,18 @@ class MetricsLog:
         record = {"step": step, "attempt": self.attempt, "time": round(time.time(), 3), **finite}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        self._feed(record)
 
-    def close(self) -> None:
-        """Write what is buffered through to the disk."""
+    def close(self, adapter: Path | None = None) -> None:
+        """Write what is buffered through to the disk, and end the sinks; `adapter` is the final adapter's folder."""
         os.fsync(self._file.fileno())
         self._file.close()
+        for sink in self.sinks:
+            sink.close(adapter)
+
+    def _feed(self, record: dict[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.write(record)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from qlora_dist.optim.optimizers import set_learning_rate
 from qlora_dist.shard.strategy import Strategy
 from qlora_dist.track.metrics import MetricsLog
 from qlora_dist.train.evaluate import held_out_loss
-from qlora_dist.train.heartbeat import Heartbeat
+from qlora_dist.train.heartbeat import Heartbeat, memory_bytes
 from qlora_dist.train.progress import Progress
 from qlora_dist.train.step import accumulate_gradients, draw_seed
 
@@ -146,13 +146,14 @@ class Loop:
         seconds = time.monotonic() - self.interval_start
         tokens_per_second = sum(record[4] for record in self.unlogged) / seconds
         loss_tokens_per_second = sum(record[5] for record in self.unlogged) / seconds
+        memory = memory_bytes(self.device)
         if self.metrics is not None:
             for loss, (step, _, norm, learning_rate, *_) in zip(losses, self.unlogged, strict=True):
                 self.metrics.write(
                     step, loss=loss, grad_norm=float(norm), learning_rate=learning_rate,
                     epoch=step / self.order.steps_per_epoch, tokens_per_second=tokens_per_second,
                     loss_tokens_per_second=loss_tokens_per_second, seconds_per_step=seconds / len(losses),
-                    skipped_steps=self.progress.skipped_steps,
+                    skipped_steps=self.progress.skipped_steps, memory_bytes=memory,
                 )  # fmt: skip
         self.heartbeat.metrics = {
             "tokens_per_second": tokens_per_second / self.world_size, "loss": losses[-1],

@@ -18,6 +18,7 @@ from qlora_dist.checkpoint.format import Snapshot, read_snapshot
 from qlora_dist.checkpoint.manifest import list_checkpoints, resolve_resume
 from qlora_dist.checkpoint.writer import BackgroundWriter
 from qlora_dist.config.errors import UserError
+from qlora_dist.config.redact import redact, redact_tree
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.client import join_and_wait
 from qlora_dist.coordinate.rundir import check_shared
@@ -36,7 +37,7 @@ from qlora_dist.model.weights import base_fingerprint
 from qlora_dist.optim.optimizers import build_optimizer
 from qlora_dist.optim.schedules import build_schedule
 from qlora_dist.shard.strategy import FullState, Strategy, make_strategy
-from qlora_dist.track.metrics import MetricsLog
+from qlora_dist.track.attempt import open_metrics
 from qlora_dist.train.context import Worker
 from qlora_dist.train.evaluate import answer_prompts
 from qlora_dist.train.heartbeat import Heartbeat
@@ -119,7 +120,8 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
         pad_token_id=tokenizer.pad_token_id, order=order, train_table=train_table, eval_table=eval_table,
         total_steps=total_steps, progress=progress, identity=identity,
         adapter_config=json.loads(adapter_config_json(model)), heartbeat=heartbeat,
-        metrics=MetricsLog(worker.run_dir, generation, progress.step) if lead else None,
+        metrics=open_metrics(config, worker.run_dir, generation, progress.step, partial(note, "notice"))
+        if lead else None,
         writer=BackgroundWriter(worker.run_dir, worker.client, generation) if lead else None,
     )  # fmt: skip
     loop.run()
@@ -213,7 +215,7 @@ def finish(loop: Loop, worker: Worker, tokenizer: Any, generation: int) -> None:
     if worker.rank == 0:
         save_adapter(model, worker.run_dir / "adapter")
         assert loop.metrics is not None
-        loop.metrics.close()
+        loop.metrics.close(worker.run_dir / "adapter")
         worker.client.call(
             "finish", generation=generation, step=progress.step,
             summary={
@@ -271,12 +273,12 @@ def is_collective_failure(error: Exception) -> bool:
 def report(worker: Worker, generation: int | None, kind: str, message: str, heartbeat: Heartbeat | None) -> None:
     """Tell the coordinator why this rank ends."""
     step = heartbeat.step if heartbeat is not None else 0
-    worker.client.call("fail", generation=generation, rank=worker.rank, kind=kind, message=message, step=step)
+    worker.client.call("fail", generation=generation, rank=worker.rank, kind=kind, message=redact(message), step=step)
 
 
 def tell(worker: Worker, generation: int, kind: str, message: str, **fields: Any) -> None:
     """A line for the person who watches, kept in the event log."""
-    worker.client.call("note", kind=kind, generation=generation, message=message, **fields)
+    worker.client.call("note", kind=kind, generation=generation, message=redact(message), **redact_tree(fields))
 
 
 def _ignore(kind: str, message: str, **fields: Any) -> None:

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from qlora_dist.track.metrics import FILE as METRICS_FILE
 from qlora_dist.track.metrics import read_metrics
@@ -82,8 +85,13 @@ class View:
         kind = event["kind"]
         if kind == "plan":
             self.max_steps = event["max_steps"]
-        if kind in ("data", "plan", "model", "notice", "resumed"):
-            self.line(kind, event["message"])
+        if kind == "data" and self.console.is_terminal and "splits" in event:
+            self.console.print(Padding(data_table(event["splits"]), (0, 0, 0, 10)))
+        elif kind == "example" and self.console.is_terminal:
+            self.console.print(Padding(learned_text(event["pieces"]), (1, 0, 1, 10)))
+        elif kind in ("data", "example", "plan", "model", "notice", "resumed"):
+            for line in event["message"].splitlines():
+                self.line(kind, line)
         elif kind == "generation":
             self.seen_step = -1
             where = ", ".join(f"{member['host']}:{member['pid']}" for member in event["members"])
@@ -162,6 +170,29 @@ class View:
         """Print one line."""
         self.console.print(f"[dim]{label:>8}[/dim]  ", end="", highlight=False)
         self.console.print(text, style=style or None, highlight=False, markup=False, soft_wrap=True)
+
+
+def data_table(splits: list[dict[str, Any]]) -> Table:
+    """The numbers of every split, a line each, and why rows were left out."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("data")
+    for name in ("rows read", "kept", "tokens", "bear loss", "longest", "packs"):
+        table.add_column(name, justify="right")
+    table.add_column("left out")
+    for split in splits:
+        numbers = (split[key] for key in ("rows", "documents", "tokens", "loss_tokens", "longest", "packs"))
+        reasons = [f"{count:,} {reason}" for reason, count in split["dropped"].items()]
+        reasons += [f"({split['truncated']:,} truncated)"] if split["truncated"] else []
+        table.add_row(split["split"], *(f"{number:,}" for number in numbers), Text(", ".join(reasons) or "none"))
+    return table
+
+
+def learned_text(pieces: list[tuple[str, bool]]) -> Text:
+    """An example of the data, dimmed where it bears no loss."""
+    text = Text()
+    for piece, learned in pieces:
+        text.append(piece, style="" if learned else "dim")
+    return text
 
 
 def _shorten(text: str, length: int = 160) -> str:

@@ -23,6 +23,7 @@ from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.client import join_and_wait
 from qlora_dist.coordinate.rundir import check_shared
 from qlora_dist.data.order import GlobalOrder
+from qlora_dist.data.summary import data_line, data_notices, data_record, example_line, example_pieces
 from qlora_dist.data.tokens import TokenTable, prepare_data
 from qlora_dist.model.adapter import (
     adapter_config_json,
@@ -97,7 +98,8 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
     train_table, eval_table = prepare_data(config.data, tokenizer, config.seed)
     order = GlobalOrder(train_table.num_packs, config.global_batch_size, config.data.shuffle, config.seed)
     total_steps = config.train.max_steps or order.total_steps(config.train.num_train_epochs or 1.0)
-    describe_data(note, train_table, eval_table, config, total_steps)
+    if lead:
+        describe_data(note, tokenizer, train_table, eval_table, config, total_steps)
 
     dtype = compute_dtype(config.model, worker.device)
     base = load_base(config.model, folder, worker.device)
@@ -286,20 +288,18 @@ def _ignore(kind: str, message: str, **fields: Any) -> None:
 
 
 def describe_data(
-    note: Any, train_table: TokenTable, eval_table: TokenTable | None, config: RunConfig, total_steps: int
-) -> None:
+    note: Any, tokenizer: Any, train_table: TokenTable, eval_table: TokenTable | None, config: RunConfig,
+    total_steps: int,
+) -> None:  # fmt: skip
     """Say what the data turned into."""
-    for name, table in (("train", train_table), ("eval", eval_table)):
-        if table is None:
-            continue
-        summary = table.summary
-        dropped = ", ".join(f"{count} dropped ({reason})" for reason, count in summary.dropped.items() if count)
-        truncated = f", {summary.truncated} truncated" if summary.truncated else ""
-        note(
-            "data",
-            f"{name}: {summary.documents:,} of {summary.rows:,} rows, {summary.tokens:,} tokens, "
-            f"{summary.loss_tokens:,} bear loss{truncated}{', ' + dropped if dropped else ''}",
-        )
+    tables = {"train": train_table} | ({"eval": eval_table} if eval_table is not None else {})
+    records = [data_record(name, table) for name, table in tables.items()]
+    note("data", "\n".join(data_line(record) for record in records), splits=records)
+    for name, table in tables.items():
+        for sentence in data_notices(name, table):
+            note("notice", sentence)
+    pieces = example_pieces(train_table, tokenizer)
+    note("example", example_line(pieces), pieces=pieces)
     note(
         "plan",
         f"{total_steps:,} steps of {config.global_batch_size} packs on {config.launch.num_workers} worker(s), "

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def test_a_whole_run_in_plain_lines(tiny_model: Path, tmp_path: Path) -> None:
     text = shown(config.run_dir, lambda: train_here(config))
     lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
     labels = [line[0] for line in lines]
-    assert labels[:6] == ["start", "data", "data", "plan", "model", "notice"]
+    assert labels[:7] == ["start", "data", "data", "example", "plan", "model", "notice"]
     assert labels.index("done") > max(i for i, label in enumerate(labels) if label in ("train", "eval", "saved"))
     assert labels.count("eval") == 3
     assert labels[-8:] == ["prompt", "expected", "before", "after"] * 2
@@ -47,6 +48,9 @@ def test_a_terminal_gets_a_progress_bar(tiny_model: Path, tmp_path: Path) -> Non
     assert view.task is not None
     view.bar.stop()
     assert "6/6" in stream.getvalue()
+    # Prompt and template are dim (2), the answer is not.
+    assert "rows read" in stream.getvalue()
+    assert re.search(r"\x1b\[2m<\|im_start\|>user", stream.getvalue())
 
 
 def test_tail_gives_whole_lines_and_follows_a_replaced_file(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
-	$(BIN)/qlora-dist train configs/quickstart.yaml
+	$(BIN)/qlora-dist train configs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .

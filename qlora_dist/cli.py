@@ -12,7 +12,7 @@ from rich.table import Table
 
 from qlora_dist import __version__
 from qlora_dist.config.errors import UserError
-from qlora_dist.config.load import load_config, to_yaml
+from qlora_dist.config.load import load_config, to_yaml, with_absolute_paths
 from qlora_dist.config.redact import redact
 from qlora_dist.config.schema import RunConfig
 
@@ -32,8 +32,8 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     from qlora_dist.cluster.launch import launch
     from qlora_dist.track.terminal import watching
 
-    run_config = load_config(config, overrides or [])
-    run_dir = run_config.run_dir.absolute()
+    run_config = with_absolute_paths(load_config(config, overrides or []))
+    run_dir = run_config.run_dir
     with watching(run_dir):
         code = launch(run_config, run_dir)
     if run_config.track.report and os.environ.get("RANK", "0") == "0":

@@ -92,7 +92,8 @@ def resolve_resume(run_dir: Path, resume: str, started_generation: int, warn: Wa
 
     Args:
         resume: `auto`: the newest good checkpoint of the run folder; `none`: the beginning; else the path of a
-            checkpoint folder, or of a run folder, whose newest good one is taken.
+            checkpoint folder, or of a run folder, whose newest good one is taken. A path outside of `run_dir` is where
+            a run begins: once the run has checkpoints of its own it goes on from them, and `warn` is told.
         started_generation: the newest generation when this job started (`Coordinator.start_job`).
         warn: told about damaged checkpoints that are passed over.
 
@@ -112,7 +113,15 @@ def resolve_resume(run_dir: Path, resume: str, started_generation: int, warn: Wa
                 "choose another output_dir, or resume=auto to go on from it"
             )
         return own
-    return own if own is not None else _named_checkpoint(Path(os.path.expanduser(resume)), warn)
+    if own is not None:
+        return own
+    named = _named_checkpoint(Path(os.path.expanduser(resume)), warn)
+    newest = latest_good(run_dir, warn)
+    if newest is not None and not named.resolve().is_relative_to(run_dir.resolve()):
+        # The same command again, after a requeue: what the run has done since it began there is not thrown away.
+        warn(f"resume: {named} is where this run began; it goes on from its own {newest.name}, not from there again")
+        return newest
+    return named
 
 
 def _named_checkpoint(path: Path, warn: Warn) -> Path:

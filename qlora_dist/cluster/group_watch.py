@@ -114,7 +114,9 @@ class GroupWatch(ControllerCallback, WorkerGroupCallback):
         tell(self._run_dir, f"{reason}; starting the workers again from the last checkpoint")
 
     def _diagnose(self) -> tuple[str, str | None]:
-        """The failure behind the failures: a dead rank goes before a silent one, that one before exceptions.
+        """The failure behind the failures: a silent rank goes before a dead one, that one before exceptions.
+
+        NCCL ends the processes that wait for a stopped one, so the dead may be the innocent.
 
         Silent ranks are killed here: Ray would wait 5 s for them first.
         """
@@ -125,13 +127,13 @@ class GroupWatch(ControllerCallback, WorkerGroupCallback):
         silent = [pings[ref] for ref in unanswered]
         for _, worker in silent:
             ray.kill(worker.actor)
+        traceback = next((t for e in self._errors.values() if (t := getattr(e, "_traceback_str", None))), None)
+        if silent:
+            return f"{', '.join(self._name(*who) for who in silent)} stopped answering", traceback
         if dead:
             names = ", ".join(self._name(*who) for who in dead)
             log = rank_log(self._run_dir, self._attempt, dead[0][0])
             return f"{names} died: killed, out of memory or crashed (see {log})", None
-        traceback = next((t for e in self._errors.values() if (t := getattr(e, "_traceback_str", None))), None)
-        if silent:
-            return f"{', '.join(self._name(*who) for who in silent)} stopped answering", traceback
         error = next(iter(self._errors.values()))
         cause = getattr(error, "_base_exc", error)
         return f"{type(cause).__name__}: {cause}", traceback

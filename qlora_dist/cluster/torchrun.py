@@ -28,6 +28,7 @@ from qlora_dist.cluster.address_file import read_address, write_address
 from qlora_dist.cluster.outcome import Outcome, read_outcome
 from qlora_dist.cluster.output import next_attempt, rank_log
 from qlora_dist.cluster.process import TRAIN, choose_device, import_function
+from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import to_yaml
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.client import CoordinatorClient, DirectClient, HttpClient
@@ -121,6 +122,23 @@ def _explain(error: ChildFailedError, client: CoordinatorClient) -> str:
     return f"rank {rank} (pid {failure.pid}) ended with exit code {failure.exitcode}"
 
 
+def with_world_size(config: RunConfig, world_size: int) -> RunConfig:
+    """The configuration for the number of workers that somebody else has started.
+
+    Raises:
+        UserError: it names another number itself.
+    """
+    launch = config.launch
+    if launch.num_workers == world_size:
+        return config
+    if "num_workers" in launch.model_fields_set:
+        raise UserError(
+            f"launch.num_workers is {launch.num_workers}, but WORLD_SIZE is {world_size}; remove launch.num_workers, "
+            "or start as many workers as it says"
+        )
+    return config.model_copy(update={"launch": launch.model_copy(update={"num_workers": world_size})})
+
+
 def run_as_worker(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> Outcome:
     """Be the worker that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT make of this process.
 
@@ -128,6 +146,7 @@ def run_as_worker(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> 
     """
     run_dir = run_dir.resolve()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    config = with_world_size(config, world_size)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = choose_device(config, local_rank)
     store: Store | None = None

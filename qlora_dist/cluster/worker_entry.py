@@ -10,6 +10,7 @@ from qlora_dist.cluster.address_file import read_address
 from qlora_dist.cluster.output import rank_log, send_output_to
 from qlora_dist.cluster.process import choose_device, import_function
 from qlora_dist.cluster.torchrun import KEY_VARIABLE
+from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import load_config
 from qlora_dist.coordinate.client import HttpClient
 from qlora_dist.coordinate.rundir import CONFIG_FILE, read_run
@@ -26,18 +27,22 @@ def main(run_dir: Path, attempt: int, train_name: str) -> int:
         send_output_to(rank_log(run_dir, attempt, rank))
     config = load_config(run_dir / CONFIG_FILE)
     url, token = read_address(run_dir, os.environ[KEY_VARIABLE], config.launch.start_timeout_s)
-    worker = Worker(
-        rank=rank,
-        world_size=int(os.environ["WORLD_SIZE"]),
-        local_rank=local_rank,
-        device=choose_device(config, local_rank),
-        client=HttpClient(url, token),
-        run_dir=run_dir,
-        nonce=read_run(run_dir).nonce,
-    )
-    import_function(train_name)(config, worker)
+    client = HttpClient(url, token)
+    try:
+        worker = Worker(
+            rank=rank,
+            world_size=int(os.environ["WORLD_SIZE"]),
+            local_rank=local_rank,
+            device=choose_device(config, local_rank),
+            client=client,
+            run_dir=run_dir,
+            nonce=read_run(run_dir).nonce,
+        )
+        import_function(train_name)(config, worker)
+    except UserError as error:
+        client.call("fail", generation=None, rank=rank, kind="user", message=error.message)
     # Anything but 0 makes torch's agent end the other ranks, which may not have noticed yet.
-    return 2 if worker.client.call("outcome")["kind"] == "user" else 0
+    return 2 if client.call("outcome")["kind"] == "user" else 0
 
 
 def end_with_parent() -> None:

@@ -60,6 +60,21 @@ def validate(values: dict[str, Any], sources: dict[Location, str] | None = None,
         raise UserError(redact(_sentence(error.errors(include_url=False), sources or {}, origin))) from None
 
 
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The configuration with every path that exists here made absolute: workers may start in another folder."""
+    config = config.model_copy(deep=True)
+    config.output_dir = config.run_dir.absolute()
+    if config.adapter.path is not None:
+        config.adapter.path = config.adapter.path.absolute()
+    if config.model.cache_quantized is not None:
+        config.model.cache_quantized = config.model.cache_quantized.absolute()
+    for section, field in ((config.model, "name"), (config.data, "train"), (config.data, "eval"), (config, "resume")):
+        value = getattr(section, field)
+        if value is not None and Path(value).expanduser().exists():
+            setattr(section, field, str(Path(value).expanduser().absolute()))
+    return config
+
+
 def to_yaml(config: RunConfig) -> str:
     """The configuration as YAML, every field present, in the schema's order; loading it gives the same config.
 

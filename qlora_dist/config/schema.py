@@ -341,6 +341,10 @@ def contradictions(config: RunConfig) -> Iterator[str]:
             f"adapter.init_lora_weights={adapter.init_lora_weights} changes the quantised base, which has to be kept "
             "for the adapter to be of use; set model.cache_quantized to a folder and model.quantization to nf4 or fp4"
         )
+    if config.output_dir is not None and re.match(r"[a-z][a-z0-9+.-]+:/", str(config.output_dir)):
+        yield f"output_dir is {config.output_dir}, but a run folder is on a filesystem that all nodes mount; name one"
+    if evaluation.sample_prompts and not data.assistant_only_loss:
+        yield "eval.sample_prompts needs answers to begin somewhere; set data.assistant_only_loss to true, or it to 0"
     if workers > 1 and config.shard.strategy == "none":
         yield f"shard.strategy is none but launch.num_workers is {workers}; set shard.strategy to ddp or auto"
     if workers > 1 and launch.backend == "none":

@@ -61,6 +61,7 @@ class View:
         self.bar = Progress(
             TextColumn("  step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[line]}"),
             TimeRemainingColumn(compact=True), console=console, transient=True,
+            redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
         self.task: TaskID | None = None
 

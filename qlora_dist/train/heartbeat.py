@@ -1,5 +1,6 @@
 """A worker's pulse: a thread that tells the coordinator every second where this rank is and how it does."""
 
+import logging
 import threading
 import time
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import psutil
 import torch
 
-from qlora_dist.coordinate.client import CoordinatorClient
+from qlora_dist.coordinate.client import CoordinatorClient, CoordinatorError
 from qlora_dist.coordinate.heard import HEARTBEAT_S, Phase
+
+logger = logging.getLogger(__name__)
 
 
 class Heartbeat:
@@ -19,6 +22,7 @@ class Heartbeat:
         self.step = 0
         self.phase: Phase = "setup"
         self.metrics: dict[str, Any] = {}
+        self.stop_asked = False
         self._since = time.monotonic()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -38,10 +42,13 @@ class Heartbeat:
             self.beat()
             self._stopped.wait(HEARTBEAT_S)
 
-    def beat(self) -> None:
-        """Report once. A coordinator out of reach for a moment is no reason to stop training."""
+    def beat(self) -> dict[str, Any]:
+        """Report once and return the coordinator's answer, {} where there was none.
+
+        A coordinator that is out of reach or in trouble for a moment is no reason to stop training.
+        """
         try:
-            self.client.call(
+            answer = self.client.call(
                 "heartbeat",
                 generation=self.generation,
                 rank=self.rank,
@@ -51,8 +58,11 @@ class Heartbeat:
                 memory_bytes=memory_bytes(self.device),
                 **self.metrics,
             )
-        except ConnectionError:
-            return
+        except (ConnectionError, CoordinatorError) as error:
+            logger.warning("heartbeat of rank %d: %s", self.rank, error)
+            return {}
+        self.stop_asked = bool(answer.get("stop"))
+        return answer
 
 
 def memory_bytes(device: torch.device) -> int:

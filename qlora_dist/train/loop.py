@@ -1,5 +1,6 @@
 """The loop: it owns the step, and decides when to log, evaluate, save and stop. The same over all strategies."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from qlora_dist.train.evaluate import held_out_loss
 from qlora_dist.train.heartbeat import Heartbeat, memory_bytes
 from qlora_dist.train.progress import Progress
 from qlora_dist.train.step import accumulate_gradients, draw_seed
+
+CLOSE_TIMEOUT_S = 60.0
 
 
 @dataclass
@@ -54,19 +57,34 @@ class Loop:
     interval_start: float = 0.0
     last_eval: tuple[int, float] | None = None
     saved_step: int = -1
+    asked_to_stop: bool = False
 
     def run(self) -> None:
-        """Train from where `progress` stands to the last step, or until early stopping.
+        """Train from where `progress` stands to the last step, until early stopping, or until asked to stop.
 
         Raises:
             UserError: too many non-finite steps in a row, or a checkpoint that cannot be written.
         """
+        try:
+            self.train()
+        except BaseException:
+            # A checkpoint under way is worth a moment's wait, whatever went wrong; that failure is the one to tell of.
+            if self.writer is not None:
+                with contextlib.suppress(Exception):
+                    self.writer.close(timeout=CLOSE_TIMEOUT_S)
+            raise
+        self.heartbeat.at(self.progress.step, "checkpoint")
+        if self.writer is not None:
+            self.writer.close()
+
+    def train(self) -> None:
+        """The steps."""
         self.model.train()
         self.saved_step = self.progress.step
         if self.progress.step == 0 and self.config.eval.eval_on_start:
             self.evaluate()
         self.interval_start = time.monotonic()
-        while self.progress.step < self.total_steps and not self.stopped_early():
+        while self.progress.step < self.total_steps and not self.stopped_early() and not self.asked_to_stop:
             self.take_step()
             step, last = self.progress.step, self.progress.step == self.total_steps
             if last or step % self.config.train.logging_steps == 0:
@@ -74,13 +92,16 @@ class Loop:
             improved = False
             if last or self.due(self.config.eval.eval_steps):
                 improved = self.evaluate()
-            if last or self.stopped_early() or improved or self.due(self.config.checkpoint.save_steps):
+            if (
+                last
+                or self.stopped_early()
+                or self.asked_to_stop
+                or improved
+                or self.due(self.config.checkpoint.save_steps)
+            ):
                 self.save()
             if self.writer is not None:
                 self.writer.poll()
-        self.heartbeat.at(self.progress.step, "checkpoint")
-        if self.writer is not None:
-            self.writer.close()
 
     def due(self, every: int | None) -> bool:
         """Whether something done `every` so many steps is due now."""
@@ -110,8 +131,12 @@ class Loop:
         )  # fmt: skip
         self.heartbeat.at(progress.step + 1, "collective")
         norm = self.strategy.clip(config.train.max_grad_norm, progress.loss_scale.scale)
+        # The vote on stopping rides along, so that all ranks stop after the same step.
+        totals = torch.stack([share, torch.full_like(share, self.heartbeat.stop_asked)])
         if self.world_size > 1:
-            dist.all_reduce(share)
+            dist.all_reduce(totals)
+        share, stop_votes = totals.unbind()
+        self.asked_to_stop = bool(stop_votes > 0)
         # bitsandbytes' and torch's optimizers take their decision on the host, so the flag is read here.
         skip = not bool(torch.isfinite(norm) & torch.isfinite(share))
         learning_rate = self.schedule(progress.step)
@@ -156,7 +181,8 @@ class Loop:
                     skipped_steps=self.progress.skipped_steps, memory_bytes=memory,
                 )  # fmt: skip
         self.heartbeat.metrics = {
-            "tokens_per_second": tokens_per_second / self.world_size, "loss": losses[-1],
+            "tokens_per_second": tokens_per_second / self.world_size, 
+            "loss": losses[-1] if math.isfinite(losses[-1]) else None,
             "max_steps": self.total_steps, "seconds_per_step": seconds / len(losses),
         }  # fmt: skip
         self.unlogged.clear()
@@ -192,7 +218,11 @@ class Loop:
         self.heartbeat.at(self.progress.step, "checkpoint")
         state = self.strategy.full_state()
         if self.writer is not None:
-            evaluated_now = self.last_eval is not None and self.last_eval[0] == self.progress.step
+            evaluated_now = (
+                self.last_eval is not None
+                and self.last_eval[0] == self.progress.step
+                and math.isfinite(self.last_eval[1])
+            )
             self.writer.save(
                 Snapshot(
                     step=self.progress.step,

@@ -28,12 +28,12 @@ class Progress:
 
     def note_evaluation(self, eval_loss: float, config: EvalConfig) -> bool:
         """Take in a held-out loss; True where it is the best so far."""
-        improved = eval_loss < self.best_eval_loss - config.early_stopping_threshold
-        if improved:
-            self.best_eval_loss, self.best_step, self.stale_evals = eval_loss, self.step, 0
-        else:
-            self.stale_evals += 1
-        return improved
+        enough = eval_loss < self.best_eval_loss - config.early_stopping_threshold
+        self.stale_evals = 0 if enough else self.stale_evals + 1
+        best = eval_loss < self.best_eval_loss
+        if best:
+            self.best_eval_loss, self.best_step = eval_loss, self.step
+        return best
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; an infinity becomes None."""

@@ -20,7 +20,7 @@ from qlora_dist.checkpoint.writer import BackgroundWriter
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.redact import redact, redact_tree
 from qlora_dist.config.schema import RunConfig
-from qlora_dist.coordinate.client import join_and_wait
+from qlora_dist.coordinate.client import Fenced, join_and_wait
 from qlora_dist.coordinate.rundir import check_shared
 from qlora_dist.data.order import GlobalOrder
 from qlora_dist.data.summary import data_line, data_notices, data_record, example_line, example_pieces
@@ -33,6 +33,7 @@ from qlora_dist.model.adapter import (
     save_adapter,
 )  # fmt: skip
 from qlora_dist.model.base import compute_dtype, load_base, load_tokenizer
+from qlora_dist.model.gguf import rounding_note
 from qlora_dist.model.resolve import resolve_base
 from qlora_dist.model.weights import base_fingerprint
 from qlora_dist.optim.optimizers import build_optimizer
@@ -46,6 +47,11 @@ from qlora_dist.train.loop import Loop
 from qlora_dist.train.progress import Progress
 from qlora_dist.train.step import LossScale
 
+# What makes an adapter another adapter, by PEFT's names.
+ADAPTER_IDENTITY = (
+    "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "modules_to_save", "rank_pattern", "alpha_pattern",
+    "layers_to_transform",
+)  # fmt: skip
 # Two missed heartbeats and a little more.
 SILENCE_S = 2.5
 
@@ -65,13 +71,20 @@ def train(config: RunConfig, worker: Worker) -> None:
     """
     generation: int | None = None
     heartbeat: Heartbeat | None = None
+    failed = True
     try:
         join_process_group(config, worker)
         generation = join_attempt(worker, config.launch.start_timeout_s)
         heartbeat = Heartbeat(worker.client, generation, worker.rank, worker.device)
         run_stages(config, worker, generation, heartbeat)
+        failed = False
     except UserError as error:
         report(worker, generation, "user", error.message, heartbeat)
+    except torch.OutOfMemoryError as error:
+        report(worker, generation, "user", out_of_memory(error, config, worker), heartbeat)
+    except Fenced:
+        # Another attempt has taken this one's place: whatever is said now would be said of that one.
+        raise
     except Exception as error:
         lost = explain_failure(error, worker, generation, heartbeat)
         if lost is None:
@@ -81,9 +94,7 @@ def train(config: RunConfig, worker: Worker) -> None:
     finally:
         if heartbeat is not None:
             heartbeat.stop()
-        # Closes the connections, so that ranks that wait for this one stop waiting.
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_process_group(worker, failed)
 
 
 def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: Heartbeat) -> None:
@@ -106,14 +117,20 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
     adapted = attach_adapter(base, config.adapter, config.seed, config.model.revision)
     if config.train.gradient_checkpointing:
         adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    describe_model(note, adapted, config, dtype)
+    describe_model(note, adapted, config, dtype, folder)
 
+    if config.strategy == "none" and worker.world_size > 1:
+        raise ValueError(f"strategy none with {worker.world_size} workers would train {worker.world_size} adapters")
     strategy = make_strategy(config.strategy)
     model = strategy.apply(adapted, partial(build_optimizer, config=config.train, notice=partial(note, "notice")))
-    identity = run_identity(config, folder, train_table)
+    adapter_settings = json.loads(adapter_config_json(adapted))
+    identity = run_identity(config, folder, train_table, adapter_settings)
     progress = Progress(loss_scale=LossScale.for_dtype(dtype))
     if resume_from is not None:
         progress = resume(Path(resume_from), strategy, identity)
+        if progress.loss_scale.enabled != (dtype == torch.float16):
+            progress.loss_scale = LossScale.for_dtype(dtype)
+            note("notice", f"the checkpoint was made in another precision; loss scaling starts anew for {dtype}")
         note("resumed", f"resumed from {resume_from}", step=progress.step, checkpoint=str(resume_from))
 
     loop = Loop(
@@ -121,7 +138,7 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
         strategy=strategy, schedule=build_schedule(config.train, total_steps), compute_dtype=dtype,
         pad_token_id=tokenizer.pad_token_id, order=order, train_table=train_table, eval_table=eval_table,
         total_steps=total_steps, progress=progress, identity=identity,
-        adapter_config=json.loads(adapter_config_json(model)), heartbeat=heartbeat,
+        adapter_config=adapter_settings, heartbeat=heartbeat,
         metrics=open_metrics(config, worker.run_dir, generation, progress.step, partial(note, "notice"))
         if lead else None,
         writer=BackgroundWriter(worker.run_dir, worker.client, generation) if lead else None,
@@ -153,6 +170,27 @@ def join_attempt(worker: Worker, timeout_s: float) -> int:
     )
 
 
+def leave_process_group(worker: Worker, failed: bool) -> None:
+    """Close the connections, so that ranks that wait for this one stop waiting.
+
+    After a failure on GPUs they are left to the end of the process: NCCL's own farewell waits for ranks that may be
+    waiting for this one.
+    """
+    if dist.is_initialized() and not (failed and worker.device.type == "cuda"):
+        dist.destroy_process_group()
+
+
+def out_of_memory(error: torch.OutOfMemoryError, config: RunConfig, worker: Worker) -> str:
+    """The sentence for a GPU that is too small for the run."""
+    first_line = str(error).splitlines()[0]
+    return (
+        f"rank {worker.rank} ran out of memory on {worker.device} ({first_line}); lower "
+        f"train.per_device_train_batch_size ({config.train.per_device_train_batch_size}), "
+        f"eval.per_device_eval_batch_size ({config.eval.per_device_eval_batch_size}) or data.max_length "
+        f"({config.data.max_length}), or set train.gradient_checkpointing=true; the global batch need not change"
+    )
+
+
 def agree(worker: Worker, value: Any) -> Any:
     """Rank 0's `value`, on every rank."""
     if worker.world_size == 1:
@@ -169,7 +207,9 @@ def resume_path(config: RunConfig, worker: Worker, note: Any) -> str | None:
     return None if path is None else str(path)
 
 
-def run_identity(config: RunConfig, base_folder: Path, table: TokenTable) -> dict[str, Any]:
+def run_identity(
+    config: RunConfig, base_folder: Path, table: TokenTable, adapter_settings: dict[str, Any]
+) -> dict[str, Any]:
     """What must not change between a checkpoint and its resumption, by the name of the setting it comes from."""
     return {
         "model.name": base_fingerprint(base_folder),
@@ -178,7 +218,12 @@ def run_identity(config: RunConfig, base_folder: Path, table: TokenTable) -> dic
         "data.shuffle": config.data.shuffle,
         "train.global_batch_size": config.global_batch_size,
         "seed": config.seed,
+        **{f"adapter.{name}": _sorted(adapter_settings.get(name)) for name in ADAPTER_IDENTITY},
     }
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
 
 
 def resume(checkpoint: Path, strategy: Strategy, identity: dict[str, Any]) -> Progress:
@@ -203,9 +248,14 @@ def resume(checkpoint: Path, strategy: Strategy, identity: dict[str, Any]) -> Pr
 def finish(loop: Loop, worker: Worker, tokenizer: Any, generation: int) -> None:
     """Write the final adapter, answer the sample prompts, and tell the coordinator that the run is done."""
     progress, config, model = loop.progress, loop.config, loop.model
-    if config.eval.load_best_model_at_end and progress.best_step != progress.step:
-        best = agree(worker, str(best_checkpoint(worker.run_dir, progress.best_step)) if worker.rank == 0 else None)
-        load_adapter_state(model, read_snapshot(Path(best)).adapter)
+    if config.eval.load_best_model_at_end:
+        best = agree(worker, best_checkpoint(worker.run_dir) if worker.rank == 0 else None)
+        if best is not None:
+            load_adapter_state(model, read_snapshot(Path(best)).adapter)
+        elif worker.rank == 0:
+            tell(
+                worker, generation, "notice", "no checkpoint has a finite held-out loss; the last adapter is the final"
+            )
     samples: list[dict[str, str]] = []
     if loop.eval_table is not None and config.eval.sample_prompts:
         packs = range(min(config.eval.sample_prompts, loop.eval_table.num_packs))
@@ -215,6 +265,7 @@ def finish(loop: Loop, worker: Worker, tokenizer: Any, generation: int) -> None:
         )  # fmt: skip
         samples = gather_in_turn(worker, mine)
     if worker.rank == 0:
+        refuse_if_fenced(loop.heartbeat)
         save_adapter(model, worker.run_dir / "adapter")
         assert loop.metrics is not None
         loop.metrics.close(worker.run_dir / "adapter")
@@ -231,9 +282,20 @@ def finish(loop: Loop, worker: Worker, tokenizer: Any, generation: int) -> None:
         )  # fmt: skip
 
 
-def best_checkpoint(run_dir: Path, step: int) -> Path:
-    """The newest checkpoint of `step`, which `checkpoint.keep_best` has kept."""
-    return next(checkpoint.path for checkpoint in list_checkpoints(run_dir) if checkpoint.step == step)
+def refuse_if_fenced(heartbeat: Heartbeat) -> None:
+    """Ask the coordinator whether this attempt is still the current one, right before writing outside a commit.
+
+    Raises:
+        Fenced: another attempt has taken its place.
+    """
+    if not heartbeat.beat().get("current", True):
+        raise Fenced(f"attempt {heartbeat.generation} is over: another one has taken its place")
+
+
+def best_checkpoint(run_dir: Path) -> str | None:
+    """The checkpoint with the lowest held-out loss, which `checkpoint.keep_best` has kept; None where none has one."""
+    scored = [(c.metrics["eval_loss"], str(c.path)) for c in list_checkpoints(run_dir) if "eval_loss" in c.metrics]
+    return min(scored)[1] if scored else None
 
 
 def gather_in_turn(worker: Worker, mine: list[Any]) -> list[Any]:
@@ -308,7 +370,7 @@ def describe_data(
     )
 
 
-def describe_model(note: Any, model: nn.Module, config: RunConfig, dtype: torch.dtype) -> None:
+def describe_model(note: Any, model: nn.Module, config: RunConfig, dtype: torch.dtype, folder: Path) -> None:
     """Say what trains, after refusing a run in which nothing would."""
     trainable, total = check_trainable(model)
     bits = "NF4, double quantisation" if config.model.double_quant else "NF4"
@@ -318,3 +380,5 @@ def describe_model(note: Any, model: nn.Module, config: RunConfig, dtype: torch.
         f"{config.model.name}: {total - trainable:,} frozen parameters ({base}), {trainable:,} trained "
         f"({100 * trainable / total:.2f} %), compute in {str(dtype).removeprefix('torch.')}",
     )
+    if (rounded := rounding_note(folder)) is not None:
+        note("notice", rounded)

@@ -83,4 +83,4 @@ def test_one_plain_process(tmp_path):
 def test_a_plain_mistake(tmp_path, capsys):
     config = toy_config(backend="none", num_workers=1)
     assert launch(config, tmp_path, "tests.cluster.toys:mistake") == 2
-    assert capsys.readouterr().err.strip() == "data.train is empty; add rows"
+    assert capsys.readouterr().err.strip() == "error: data.train is empty; add rows"

@@ -77,18 +77,36 @@ def test_none_refuses_an_earlier_jobs_folder_but_restarts_go_on(tmp_path: Path) 
     assert resolve_resume(run, "auto", 1, never) == own
 
 
-def test_a_path_holds_until_the_job_has_committed_something(tmp_path: Path) -> None:
+def test_a_path_is_where_a_run_begins(tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
-    start, _ = put(other, 5, 100), put(run, 1, 300)
+    start = put(other, 5, 100)
     newest = put(other, 5, 200)
-    assert resolve_resume(run, str(start), 1, never) == start
-    assert resolve_resume(run, str(other), 1, never) == newest
+    open_run(run, "")
+    assert resolve_resume(run, str(start), 0, never) == start
+    assert resolve_resume(run, str(other), 0, never) == newest
+    own = put(run, 1, 110)
+    assert resolve_resume(run, str(start), 0, never) == own, "a restart within the job"
+
+
+def test_the_same_command_after_a_requeue_goes_on_from_the_runs_own_and_says_so(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    start, own = put(other, 5, 100), put(run, 1, 300)
+    warnings: list[str] = []
+    assert resolve_resume(run, str(start), 1, warnings.append) == own
+    assert len(warnings) == 1
+    assert "is where this run began; it goes on from its own step-00000300-g0001" in warnings[0]
+
+
+def test_a_path_within_the_run_goes_back_to_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    earlier, later = put(run, 1, 100), put(run, 1, 300)
+    assert resolve_resume(run, "auto", 1, never) == later
+    assert resolve_resume(run, str(earlier), 1, never) == earlier
     own = put(run, 2, 110)
-    assert resolve_resume(run, str(start), 1, never) == own
+    assert resolve_resume(run, str(earlier), 1, never) == own
     flip(own / "state.json")
     warnings: list[str] = []
-    assert resolve_resume(run, str(start), 1, warnings.append) == start
-    assert len(warnings) == 1
+    assert resolve_resume(run, str(earlier), 1, warnings.append) == earlier
 
 
 def test_a_path_that_is_no_good_checkpoint_is_a_user_error(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qlora_dist.config.errors import UserError
-from qlora_dist.config.load import SYNONYMS, from_yaml, load_config, setting_names, to_yaml
+from qlora_dist.config.load import SYNONYMS, from_yaml, load_config, setting_names, to_yaml, with_absolute_paths
 from qlora_dist.config.schema import RunConfig
 
 MINIMAL = "model: {name: m}\ndata: {train: t.jsonl}\n"
@@ -54,6 +54,8 @@ def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
         (MINIMAL, ["launch.num_workers=2", "shard.strategy=none"], "set shard.strategy to ddp or auto"),
         (MINIMAL, ["launch.num_workers=2", "launch.backend=none"], "set launch.backend to ray or torchrun"),
         (MINIMAL, ["launch.backend=none", "launch.address=auto"], "launch.address is for Ray"),
+        (MINIMAL, ["output_dir=s3://bucket/run"], "a run folder is on a filesystem that all nodes mount"),
+        (HELD_OUT, ["eval.sample_prompts=1", "data.assistant_only_loss=false"], "needs answers to begin somewhere"),
     ],
 )  # fmt: skip
 def test_each_mistake_is_one_sentence(tmp_path: Path, text: str, overrides: list[str], sentence: str) -> None:
@@ -105,3 +107,14 @@ def test_every_setting_of_the_json_schema_is_described_or_named_in_the_fields_wo
     properties = RunConfig.model_json_schema()["$defs"]
     assert properties["TrainConfig"]["properties"]["global_batch_size"]["description"]
     assert properties["AdapterConfig"]["additionalProperties"] is False
+
+
+def test_paths_that_exist_become_absolute_and_names_stay(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("")
+    config = load(tmp_path, MINIMAL, "data.train=rows.jsonl", "model.name=some/hub-id", "adapter.path=a")
+    absolute = with_absolute_paths(config)
+    assert absolute.data.train == str(tmp_path / "rows.jsonl")
+    assert absolute.model.name == "some/hub-id"
+    assert absolute.adapter.path == tmp_path / "a"
+    assert absolute.output_dir == tmp_path / "runs" / "qlora"

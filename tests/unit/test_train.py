@@ -11,8 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qlora_dist.checkpoint.manifest import list_checkpoints
+from qlora_dist.coordinate.client import Fenced
+from qlora_dist.coordinate.report import read_status
 from qlora_dist.track.metrics import read_metrics
 from qlora_dist.train import loop as loop_module
+from qlora_dist.train import worker as worker_module
 from qlora_dist.train.step import LossScale, draw_seed
 from tests.distributed.group import series
 from tests.single import small_config, train_here
@@ -83,6 +86,8 @@ def test_steps_past_the_checkpoint_are_superseded_in_the_metrics(tiny_model: Pat
         ({"train": {"global_batch_size": 6}}, "train.global_batch_size"),
         ({"data": {"max_rows": 29}}, "data.train"),
         ({"model": {"double_quant": False}}, "model.quantization"),
+        ({"adapter": {"lora_alpha": 16}}, "adapter.lora_alpha"),
+        ({"adapter": {"r": 8}}, "adapter.r"),
     ],
 )
 def test_what_must_not_change_between_checkpoint_and_resumption(
@@ -101,9 +106,9 @@ def test_non_finite_steps_are_skipped_and_counted(tiny_model: Path, tmp_path: Pa
     config = small_config(tmp_path, tiny_model)
     assert train_here(config)["state"] == "finished"
     records = {r["step"]: r for r in read_metrics(tmp_path) if "loss" in r}
-    assert records[3]["loss"] is None
+    assert records[3]["grad_norm"] is None
     assert records[6]["skipped_steps"] == 1
-    assert all(records[step]["loss"] is not None for step in (4, 5, 6))
+    assert all(records[step]["grad_norm"] is not None for step in (4, 5, 6))
     assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values())
 
 
@@ -118,14 +123,16 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_and_leave_the_last_good_checkp
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    """Make the gradients of these steps overflow, as a real loss spike does."""
+    """Make a gradient of these steps overflow, as a real loss spike does; the loss itself stays finite."""
     accumulate = loop_module.accumulate_gradients
     taken = [0]
 
     def spoiled(model, *args, **kwargs):
         taken[0] += 1
         share = accumulate(model, *args, **kwargs)
-        return share * float("inf") if taken[0] in steps else share
+        if taken[0] in steps:
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("inf"))
+        return share
 
     monkeypatch.setattr(loop_module, "accumulate_gradients", spoiled)
 
@@ -193,30 +200,24 @@ def test_epochs_count_short_last_batches(tiny_model: Path, tmp_path: Path) -> No
 
 
 def test_the_adapter_gives_the_runs_own_logits_in_stock_peft_on_the_stock_loaded_cache(
-    tiny_model: Path, tmp_path: Path
+    tiny_model: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    """Samples are greedy answers of the run's own model; stock transformers and PEFT must continue alike.
-
-    The logits themselves are compared: within twice the difference between two batch splits of the same model.
-    """
+    """Of the model that the run ended with: within twice the difference between two batch splits of it."""
     cache = tmp_path / "nf4"
     config = small_config(
         tmp_path / "run", tiny_model, model={"cache_quantized": cache}, adapter={"modules_to_save": None},
         data={"eval": "bundled:home_commands", "max_eval_rows": 8},
     )  # fmt: skip
+    kept = {}
+    finish = worker_module.finish
+    monkeypatch.setattr(
+        worker_module, "finish", lambda loop, *rest: (kept.update(model=loop.model), finish(loop, *rest))
+    )
     assert train_here(config)["state"] == "finished"
-    stock = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(cache, device_map={"": "cpu"}), config.run_dir / "adapter"
-    )
+    own = kept["model"]
+    stock_base = AutoModelForCausalLM.from_pretrained(cache, device_map={"": "cpu"})
+    stock = PeftModel.from_pretrained(stock_base, config.run_dir / "adapter")
     ids = torch.randint(3, 300, (4, 24), generator=torch.Generator().manual_seed(0))
-
-    from qlora_dist.config.schema import AdapterConfig
-    from qlora_dist.model.adapter import attach_adapter
-    from qlora_dist.model.base import load_base
-
-    own = attach_adapter(
-        load_base(config.model, tiny_model, torch.device("cpu")), AdapterConfig(path=config.run_dir / "adapter"), 0
-    )
     own.train(), stock.train()  # in evaluation stock bitsandbytes computes in bf16 on CPUs that have it
     for module in [*own.modules(), *stock.modules()]:
         if isinstance(module, torch.nn.Dropout):
@@ -226,3 +227,70 @@ def test_the_adapter_gives_the_runs_own_logits_in_stock_peft_on_the_stock_loaded
         split = torch.cat([own(input_ids=ids[:1]).logits, own(input_ids=ids[1:]).logits])
     assert (ours - theirs).abs().max() <= 2 * (ours - split).abs().max()
     assert json.loads((config.run_dir / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def test_a_threshold_for_stopping_does_not_decide_what_is_best(tiny_model: Path, tmp_path: Path) -> None:
+    """Every evaluation improves by less than the threshold: patience runs out, and the best is still the best."""
+    config = small_config(
+        tmp_path, tiny_model,
+        data={"eval": "bundled:home_commands", "max_eval_rows": 4},
+        train={"max_steps": 8, "learning_rate": 1e-3, "lr_scheduler_type": "constant"},
+        eval={"eval_steps": 1, "early_stopping_patience": 4, "early_stopping_threshold": 1.0,
+              "load_best_model_at_end": True},
+        checkpoint={"keep_last": 1, "keep_best": 1},
+    )  # fmt: skip
+    outcome = train_here(config)
+    losses = series(tmp_path, "eval_loss")
+    assert outcome["summary"]["stopped_early"]
+    assert outcome["step"] == 5  # the first sets the mark, four more do not beat it by enough
+    assert outcome["summary"]["best_step"] == min((loss, step) for step, loss in losses.items() if step)[1]
+
+
+def test_a_requested_stop_ends_after_a_checkpoint_and_the_same_command_goes_on(
+    tiny_model: Path, tmp_path: Path, monkeypatch
+) -> None:
+    config = small_config(tmp_path, tiny_model, train={"max_steps": 6}, checkpoint={"save_steps": 100})
+    take_step = loop_module.Loop.take_step
+
+    def ask_at_three(loop):
+        if loop.progress.step == 2:
+            loop.heartbeat.client.call("request_stop", reason="the queue wants its nodes back")
+            loop.heartbeat.beat()
+        take_step(loop)
+
+    monkeypatch.setattr(loop_module.Loop, "take_step", ask_at_three)
+    outcome = train_here(config)
+    assert (outcome["state"], outcome["step"], outcome["exit_code"]) == ("stopped", 3, 0)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [3]
+    monkeypatch.undo()
+    assert train_here(config)["state"] == "finished"
+    whole = small_config(tmp_path / "whole", tiny_model)
+    train_here(whole)
+    assert series(tmp_path, "loss") == series(whole.run_dir, "loss")
+
+
+def test_an_attempt_that_is_over_publishes_no_adapter(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    """It stood still after its last step; meanwhile another attempt began. It wakes up and ends without a trace."""
+    config = small_config(tmp_path, tiny_model)
+    finish = worker_module.finish
+
+    def overtaken(loop, worker, tokenizer, generation):
+        worker.client.call("join", attempt="another", rank=0, world_size=1, host="elsewhere", pid=1)
+        finish(loop, worker, tokenizer, generation)
+
+    monkeypatch.setattr(worker_module, "finish", overtaken)
+    with pytest.raises(Fenced):
+        train_here(config)
+    assert not (tmp_path / "adapter").exists()
+    assert read_status(tmp_path)["state"] == "running", "the living attempt is not said to have failed"
+
+
+def test_running_out_of_memory_is_one_sentence(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+
+    monkeypatch.setattr(loop_module, "accumulate_gradients", full)
+    outcome = train_here(small_config(tmp_path, tiny_model))
+    assert outcome["exit_code"] == 2
+    assert "lower train.per_device_train_batch_size (2)" in outcome["message"]
+    assert "\n" not in outcome["message"]

@@ -41,7 +41,6 @@ def read_hub(hub_id: re.Match[str], field: str, wanted: tuple[str, ...]) -> Iter
     Raises:
         UserError: it does not exist, is gated, cannot be reached, or has no such subset, revision or split.
     """
-    import httpx
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -62,7 +61,7 @@ def read_hub(hub_id: re.Match[str], field: str, wanted: tuple[str, ...]) -> Iter
             f"{field}: {repo} is neither a path here nor a dataset that the hub shows you; mend the name, or set "
             "HF_TOKEN if it is private."
         ) from error
-    except (OfflineModeIsEnabled, ConnectionError, httpx.TransportError) as error:
+    except (OfflineModeIsEnabled, ConnectionError) as error:
         raise UserError(
             f"{field}: {repo} does not exist here, and the hub cannot be reached ({_first_line(error)}); mend the "
             "path, or download the dataset where there is a network and give its folder."

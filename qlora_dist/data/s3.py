@@ -4,6 +4,7 @@ Credentials, region and endpoint come from where AWS tools find them: AWS_ACCESS
 AWS_SESSION_TOKEN, AWS_PROFILE, AWS_DEFAULT_REGION, AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, ~/.aws, an instance's role.
 """
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from qlora_dist.config.errors import UserError
 
 CONNECT_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 60.0
+BUFFER_BYTES = 8 << 20
 
 
 def list_objects(url: str, field: str) -> tuple[S3FileSystem, list[str]]:
@@ -46,9 +48,10 @@ def open_object(store: S3FileSystem, path: str, field: str) -> Iterator[BinaryIO
         UserError: it cannot be read.
     """
     with _explained(f"s3://{path}", field):
-        file: Any = store.open_input_file(path)
-    with file:
-        yield file
+        raw: Any = store.open_input_file(path)
+        # Arrow's own file has no lines, and a request for each small read.
+        with io.BufferedReader(raw, BUFFER_BYTES) as file:
+            yield file
 
 
 def _store() -> S3FileSystem:

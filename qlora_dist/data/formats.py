@@ -206,7 +206,7 @@ def _check_text(value: Any, place: str, empty: str = "empty text") -> None:
     if not isinstance(value, str):
         raise BadRow("wrong type", f"{place} is of type {type(value).__name__}; it must be a string.")
     if not value.strip():
-        every = ", or all such rows with data.filter.drop_empty_answers: true" if empty == EMPTY_ANSWER else ""
+        every = "; data.filter.drop_empty_answers: true leaves all such rows out" if empty == EMPTY_ANSWER else ""
         raise BadRow(empty, f"{place} is empty; fill it in or remove it{every}.")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
         raise BadRow("not UTF-8", f"{place} holds half of a surrogate pair, which is no character; remove it.")

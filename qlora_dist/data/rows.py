@@ -100,10 +100,10 @@ def parse_json(file: BinaryIO, name: str, bad_rows: BadRows) -> Iterator[Row]:
             yield from parse_jsonl(content.split(b"\n"), name, bad_rows)
             return
         raise UserError(
-            f"{name}:{error.lineno} is not JSON ({error.msg} at column {error.colno}); mend it there."
+            f"{name}:{error.lineno} is not JSON ({_reason(error)} at column {error.colno}); mend it there."
         ) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{name} cannot be read as JSON ({error}); mend the file.") from error
+        raise UserError(f"{name} {_unparsed(error)}; mend the file.") from error
     if isinstance(value, dict):
         value = value.get("data")
     if not isinstance(value, list):
@@ -208,10 +208,10 @@ def _parse_object(line: bytes, where: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise BadRow(
             "not JSON",
-            f"{where} is not JSON ({error.msg} at column {error.colno}); put one whole JSON object on each line.",
+            f"{where} is not JSON ({_reason(error)} at column {error.colno}); put one whole JSON object on each line.",
         ) from error
     except (ValueError, RecursionError) as error:
-        raise BadRow("not JSON", f"{where} cannot be read as JSON ({error}); mend the line.") from error
+        raise BadRow("not JSON", f"{where} {_unparsed(error)}; mend the line.") from error
     if not isinstance(value, dict):
         raise BadRow("not an object", f"{where} is {_kind(value)}, not a JSON object; put one {{...}} on each line.")
     return value
@@ -219,3 +219,12 @@ def _parse_object(line: bytes, where: str) -> dict[str, Any]:
 
 def _kind(value: Any) -> str:
     return {list: "a list", str: "a string", type(None): "null"}.get(type(value), "a bare value")
+
+
+def _reason(error: json.JSONDecodeError) -> str:
+    return error.msg.removesuffix(" at")
+
+
+def _unparsed(error: Exception) -> str:
+    """What Python's JSON reader refuses though it is JSON."""
+    return "is nested too deeply" if isinstance(error, RecursionError) else "holds a number of too many digits"

@@ -86,12 +86,13 @@ def draw(chart: Chart) -> str:
             if chart.unit is not None:
                 axes.yaxis.set_major_formatter(EngFormatter(chart.unit))
             if chart.from_zero:
-                axes.set_ylim(bottom=0)
+                axes.set_ylim(bottom=0, top=1.05 * max(max(values), 1e-12))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=chart.x_label == "step"))
         axes.set_xlabel(chart.x_label)
         axes.set_ylabel(chart.y_label)
         if len(shown) > 1:
-            axes.legend(fontsize=8)
+            # Above the plot, where no line can run through it.
+            axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.99), ncols=len(shown), borderpad=0)
         text = io.StringIO()
         figure.savefig(
             text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))

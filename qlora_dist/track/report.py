@@ -1,5 +1,6 @@
 """report.html: one file that tells a run, opens offline and asks no other host for anything."""
 
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,17 @@ def timeline(events: Records) -> list[tuple[str, str, str, str]]:
         elif kind not in ("notice", "resumed", "plan"):
             continue
         rows.append((clock(event["time"] - events[0]["time"]), label, text, css))
-    return rows
+    return shorten(rows)
+
+
+def shorten(rows: list[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str]]:
+    """Of more than three neighbouring rows of one label, the first and the last, and how many lie between."""
+    short = []
+    for label, part in itertools.groupby(rows, key=lambda row: row[1]):
+        group = list(part)
+        between = ("", label, f"{len(group) - 2:,} more", "soft")
+        short += [group[0], between, group[-1]] if label == "saved" and len(group) > 3 else group
+    return short
 
 
 def clock(seconds: float) -> str:

@@ -341,6 +341,8 @@ def contradictions(config: RunConfig) -> Iterator[str]:
             f"adapter.init_lora_weights={adapter.init_lora_weights} changes the quantised base, which has to be kept "
             "for the adapter to be of use; set model.cache_quantized to a folder and model.quantization to nf4 or fp4"
         )
+    if adapter.changes_base and adapter.use_dora:
+        yield f"adapter.use_dora does not go with adapter.init_lora_weights={adapter.init_lora_weights}; remove one"
     if config.output_dir is not None and re.match(r"[a-z][a-z0-9+.-]+:/", str(config.output_dir)):
         yield f"output_dir is {config.output_dir}, but a run folder is on a filesystem that all nodes mount; name one"
     if evaluation.sample_prompts and not data.assistant_only_loss:

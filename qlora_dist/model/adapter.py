@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from qlora_dist.config.errors import UserError
+from qlora_dist.config.folders import publish_folder
 from qlora_dist.config.schema import AdapterConfig
-from qlora_dist.model.folders import publish_folder
 from qlora_dist.model.quiet import mute_known_chatter, quiet_libraries
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+# What PiSSA or LoftQ took out of the base, in the folder of the base without it.
+START_FILE = "adapter_start.safetensors"
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 PLAIN_INITS = (True, False, "gaussian", "orthogonal")
 
@@ -32,6 +34,7 @@ def attach_adapter(
     """Put a LoRA adapter on the frozen `model`, new or from `config.path`; its weights are fp32 and trainable.
 
     New weights depend on `seed` alone (drawn on the CPU): every rank gets the same, and no global generator moves.
+    PiSSA's and LoftQ's come from the folder of the base that `load_base` changed for them.
 
     Args:
         base_revision: the hub revision of the base, kept in adapter_config.json.
@@ -45,13 +48,13 @@ def attach_adapter(
 
     state = None
     if config.path is None:
-        lora = _new_lora(config)
+        lora = new_lora_config(config)
         origin = "adapter"
     else:
         lora, state = _read_adapter_folder(config.path)
         origin = f"adapter.path: {config.path}"
     lora.base_model_name_or_path = model.name_or_path
-    lora.revision = base_revision
+    lora.revision = None if config.path is None and config.changes_base else base_revision
     _check_module_names(model, lora, origin)
     global_state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(seed)
@@ -71,6 +74,8 @@ def attach_adapter(
     _bridge_dtypes(adapted, model.dtype)
     if state is not None:
         load_adapter_state(adapted, state, source=origin)
+    elif config.changes_base:
+        _load_start(adapted, Path(str(model.name_or_path)) / START_FILE)
     return adapted
 
 
@@ -198,7 +203,12 @@ def _adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {peft_key(name): p for name, p in model.named_parameters(remove_duplicate=False) if _is_adapter_weight(name)}
 
 
-def _new_lora(config: AdapterConfig) -> "LoraConfig":
+def new_lora_config(config: AdapterConfig) -> "LoraConfig":
+    """PEFT's configuration for a new adapter, with an `init_lora_weights` that leaves any base alone.
+
+    Raises:
+        UserError: the rank does not go with the initialisation.
+    """
     from peft import LoraConfig
 
     settings = config.model_dump(exclude={"path", "loftq_config"})
@@ -207,6 +217,9 @@ def _new_lora(config: AdapterConfig) -> "LoraConfig":
         if odd:
             raise UserError(f"adapter.r: init_lora_weights=orthogonal needs an even rank, not {odd[0]}; change it.")
         # PEFT's own gives its weights the base's dtype, which fails on 4-bit layers, also when the adapter is loaded.
+        settings["init_lora_weights"] = True
+    if config.changes_base:
+        # The base has been changed already, and must not be once more when the adapter is loaded.
         settings["init_lora_weights"] = True
     return LoraConfig(task_type="CAUSAL_LM", **settings)
 
@@ -224,6 +237,19 @@ def _init_orthogonal(adapted: "PeftModel") -> None:
         basis_RR, _ = torch.linalg.qr(torch.randn(rank, rank))
         a_RI.data = (torch.randn(a_RI.shape[1], rank // 2) @ basis_RR[0::2]).T.contiguous().to(a_RI.device) / 10
         b_OR.data = (torch.randn(b_OR.shape[0], rank // 2) @ basis_RR[1::2]).to(b_OR.device) / 10
+
+
+def _load_start(adapted: "PeftModel", file: Path) -> None:
+    from safetensors.torch import load_file
+
+    start = load_file(file)
+    state = adapter_state(adapted)
+    drawn = {name for name in state if ".lora_" in name}
+    if drawn != start.keys():
+        raise UserError(
+            f"{file} is not the start of this adapter; delete the folder {file.parent}, it will be made again."
+        )
+    load_adapter_state(adapted, state | start, source=str(file))
 
 
 def _read_adapter_folder(folder: Path) -> tuple["LoraConfig", dict[str, torch.Tensor]]:

@@ -7,21 +7,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_dist.config.errors import UserError
-from qlora_dist.config.schema import ModelConfig
-from qlora_dist.model.folders import folder_lock, publish_folder
-from qlora_dist.model.gguf import SOURCE_FILE
+from qlora_dist.config.folders import folder_lock, publish_folder
+from qlora_dist.config.schema import AdapterConfig, ModelConfig
+from qlora_dist.model.cache import check_cache, holds_anything, write_cache
+from qlora_dist.model.inits import init_settings, split_tensors
 from qlora_dist.model.quiet import quiet_libraries
 from qlora_dist.model.resolve import is_hub_id
 from qlora_dist.model.stream import stream_model
-from qlora_dist.model.tensors import folder_tensors
-from qlora_dist.model.weights import base_fingerprint
+from qlora_dist.model.synthetic import synthetic_tensors
+from qlora_dist.model.tensors import LazyTensor, folder_tensors
+from qlora_dist.model.weights import base_fingerprint, is_synthetic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-STAMP_FILE = "quantized_cache.json"
-# A shard passes through host memory while it is written.
-SHARD_SIZE = "1GB"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -66,12 +65,20 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
     return tokenizer
 
 
-def load_base(config: ModelConfig, folder: Path, device: torch.device) -> "PreTrainedModel":
+def load_base(
+    config: ModelConfig, folder: Path, device: torch.device, adapter: AdapterConfig | None = None
+) -> "PreTrainedModel":
     """The base model on `device`, frozen, without a key-value cache, in evaluation mode.
 
     With `quantization: nf4` or `fp4`, linear layers are bitsandbytes `Linear4bit`; embeddings and `lm_head` keep the
     compute dtype. With `cache_quantized`, the quantised model is read from that folder, which the first process to
     need it writes (the others wait).
+
+    Tensors stream: on the host there is the one at hand beside what stays there.
+
+    Args:
+        adapter: for an `init_lora_weights` that changes the base (PiSSA, LoftQ); the model is then the one in
+            `cache_quantized`, and `name_or_path` names that folder.
 
     Raises:
         UserError: the cache is damaged or another base's or setting's; the base comes quantised in another way; the
@@ -81,17 +88,20 @@ def load_base(config: ModelConfig, folder: Path, device: torch.device) -> "PreTr
     dtype = compute_dtype(config, device)
     own_quantization = json.loads((folder / "config.json").read_text()).get("quantization_config")
     if own_quantization:
-        _check_own_quantization(config, folder, own_quantization)
+        _check_own_quantization(config, folder, own_quantization, adapter)
         model = _from_folder(config, folder, device, dtype, quantize=False)
     elif config.quantization != "none" and config.cache_quantized is not None:
-        model = _through_cache(config, folder, device, dtype)
+        model = _through_cache(config, folder, device, dtype, adapter)
     else:
         model = _from_folder(config, folder, device, dtype, quantize=config.quantization != "none")
     if device.type == "cpu":
         keep_exact_cpu_kernels(model)
     model.requires_grad_(False)
     model.config.use_cache = False
-    model.name_or_path = model.config._name_or_path = config.name if is_loaded_from_hub(config) else str(folder)
+    name = config.name if is_loaded_from_hub(config) else str(folder)
+    if adapter is not None and adapter.changes_base:
+        name = str(_cache_folder(config))
+    model.name_or_path = model.config._name_or_path = name
     return model
 
 
@@ -120,64 +130,71 @@ def linear4bit_layers(model: torch.nn.Module) -> list[Any]:
 def _from_folder(
     config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype, quantize: bool
 ) -> "PreTrainedModel":
-    model = stream_model(config, folder, folder_tensors(folder), device, dtype, quantize)
+    return _filled(config, folder, _tensors(config, folder, device), device, dtype, quantize)
+
+
+def _filled(
+    config: ModelConfig,
+    folder: Path,
+    tensors: dict[str, LazyTensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: bool,
+) -> "PreTrainedModel":
+    model = stream_model(config, folder, tensors, device, dtype, quantize)
     # A folder that was quantised elsewhere brings the compute dtype of its writer.
     for module in linear4bit_layers(model):
         module.compute_dtype, module.compute_type_is_set = dtype, True
     return model
 
 
-def _through_cache(config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> "PreTrainedModel":
-    assert config.cache_quantized is not None
-    cache = config.cache_quantized.expanduser().absolute()
+def _tensors(config: ModelConfig, folder: Path, device: torch.device) -> dict[str, LazyTensor]:
+    if is_synthetic(folder):
+        return synthetic_tensors(config, folder, device)
+    return folder_tensors(folder)
+
+
+def _through_cache(
+    config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype, adapter: AdapterConfig | None
+) -> "PreTrainedModel":
+    cache = _cache_folder(config)
     settings = {
         "base": base_fingerprint(folder),
         "quantization": config.quantization,
         "double_quant": config.double_quant,
         "dtype": str(dtype).removeprefix("torch."),
+        "adapter_init": init_settings(adapter),
     }
-    if not _holds_anything(cache):
+    if not holds_anything(cache):
         with folder_lock(cache):
-            if not _holds_anything(cache):
-                model = _from_folder(config, folder, device, dtype, quantize=True)
-                if publish_folder(cache, lambda partial: _write_cache(model, config, folder, partial, settings)):
+            if not holds_anything(cache):
+                tensors = _tensors(config, folder, device)
+                start: dict[str, torch.Tensor] = {}
+                if adapter is not None and adapter.changes_base:
+                    tensors, start = split_tensors(tensors, config, adapter, folder, device, dtype)
+                model = _filled(config, folder, tensors, device, dtype, quantize=True)
+                tokenizer = load_tokenizer(folder, config.trust_remote_code)
+                if publish_folder(
+                    cache, lambda partial: write_cache(model, tokenizer, folder, partial, settings, start)
+                ):
                     return model
-    _check_cache(cache, settings)
+    check_cache(cache, settings)
     return _from_folder(config, cache, device, dtype, quantize=False)
 
 
-def _write_cache(
-    model: "PreTrainedModel", config: ModelConfig, folder: Path, partial: Path, settings: dict[str, Any]
+def _cache_folder(config: ModelConfig) -> Path:
+    assert config.cache_quantized is not None
+    return config.cache_quantized.expanduser().absolute()
+
+
+def _check_own_quantization(
+    config: ModelConfig, folder: Path, own: dict[str, Any], adapter: AdapterConfig | None
 ) -> None:
-    with quiet_libraries():
-        model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
-    load_tokenizer(folder, config.trust_remote_code).save_pretrained(partial)
-    if (folder / SOURCE_FILE).is_file():
-        (partial / SOURCE_FILE).write_bytes((folder / SOURCE_FILE).read_bytes())
-    files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    (partial / STAMP_FILE).write_text(json.dumps({"settings": settings, "files": files}, indent=2) + "\n")
-
-
-def _holds_anything(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
-
-
-def _check_cache(cache: Path, settings: dict[str, Any]) -> None:
-    mend = "delete that folder or name another one"
-    if not (cache / STAMP_FILE).is_file():
-        raise UserError(f"model.cache_quantized: {cache} holds something else than a quantised base; {mend}.")
-    stamp = json.loads((cache / STAMP_FILE).read_text())
-    for name, size in stamp["files"].items():
-        if not (cache / name).is_file() or (cache / name).stat().st_size != size:
-            raise UserError(f"model.cache_quantized: {cache}/{name} is missing or damaged; {mend}.")
-    for key, wanted in settings.items():
-        found = stamp["settings"].get(key)
-        if found != wanted:
-            detail = "it was made from another base model" if key == "base" else f"its {key} is {found}, not {wanted}"
-            raise UserError(f"model.cache_quantized: {cache} does not belong to this run, {detail}; {mend}.")
-
-
-def _check_own_quantization(config: ModelConfig, folder: Path, own: dict[str, Any]) -> None:
+    if adapter is not None and adapter.changes_base:
+        raise UserError(
+            f"adapter.init_lora_weights: {adapter.init_lora_weights} needs the original weights, and {folder} is "
+            "already quantised; set model.name to the unquantised base."
+        )
     kind = own.get("bnb_4bit_quant_type") if own.get("load_in_4bit") else own.get("quant_method")
     if kind != config.quantization:
         mend = (

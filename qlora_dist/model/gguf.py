@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_dist.config.errors import UserError
-from qlora_dist.model.folders import cache_root, folder_lock, publish_folder
+from qlora_dist.config.folders import cache_root, folder_lock, publish_folder
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor

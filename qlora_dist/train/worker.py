@@ -116,7 +116,9 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
     base = load_base(config.model, folder, worker.device, config.adapter)
     adapted = attach_adapter(base, config.adapter, config.seed, config.model.revision)
     if config.train.gradient_checkpointing:
-        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5.2x has a new name for it and warns at the old one.
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     describe_model(note, adapted, config, dtype, folder)
 
     if config.strategy == "none" and worker.world_size > 1:

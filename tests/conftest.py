@@ -3,7 +3,7 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +12,15 @@ import pytest
 from tests.tiny import make_tiny_model
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests and the processes they start leave the person's cache alone, unless a cache is named for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "QLORA_DIST_CACHE" not in os.environ:
+            patch.setenv("QLORA_DIST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

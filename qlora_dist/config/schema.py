@@ -140,10 +140,19 @@ class DataConfig(Section):
     too_long: Literal["truncate", "drop", "error"] = Field(
         "truncate", description="What becomes of a row of more than `max_length` tokens."
     )
+    packing: bool = Field(
+        False, description="Put several training documents into one pack, kept apart in attention and positions."
+    )
     assistant_only_loss: bool = Field(True, description="Loss on the assistant's tokens only.")
     shuffle: bool = True
     max_rows: PositiveInt | None = Field(None, description="Use only the first rows of the training source.")
     max_eval_rows: PositiveInt | None = None
+    num_proc: PositiveInt | None = Field(
+        None, description="Processes that tokenise; one for every 50,000 rows, up to the CPU cores, where unset."
+    )
+    cache_dir: Path | None = Field(
+        None, description="Folder of tokenised data; `tokens` in $QLORA_DIST_CACHE or ~/.cache/qlora-dist where unset."
+    )
 
 
 class TrainConfig(Section):

@@ -1,15 +1,17 @@
 """Packs -> the tensors of one micro-batch.
 
-Legend: B packs, T tokens of the longest of them, N loss-bearing predictions of the micro-batch.
+Legend: B packs, T tokens of the longest of them, D documents, N loss-bearing predictions of the micro-batch.
+A flat micro-batch has all documents on one line: B is 1 and nothing is padded.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from qlora_dist.data.tokens import TokenTable
+from qlora_dist.data.table import TokenTable
 
 # What an empty micro-batch runs through the model, so that its rank joins every collective.
 EMPTY_TOKENS = 2
@@ -23,11 +25,14 @@ class MicroBatch:
         packs: the packs in it; empty for a micro-batch of zero weight.
         input_ids_BT: int64.
         attention_mask_BT: int64, 1 at tokens and 0 at padding.
-        position_ids_BT: int64, from 0 in each pack.
+        position_ids_BT: int64, from 0 in each document; padding counts on from the last one.
         predict_index_N: int64, into the flattened [B * T] hidden states: those whose next token bears loss.
         target_N: int64, that next token.
         num_tokens: tokens that are not padding.
         num_loss_tokens: N.
+        packed: whether a line holds more than one document, so that they must be kept apart in attention.
+        cu_seqlens_D1: int32 [D + 1], the documents' borders on the line of a flat micro-batch; None in others.
+        longest_document: tokens of the longest document.
     """
 
     packs: tuple[int, ...]
@@ -38,41 +43,55 @@ class MicroBatch:
     target_N: torch.Tensor
     num_tokens: int
     num_loss_tokens: int
+    packed: bool = False
+    cu_seqlens_D1: torch.Tensor | None = None
+    longest_document: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "MicroBatch":
         """The same micro-batch with its tensors on `device`."""
-        names = ("input_ids_BT", "attention_mask_BT", "position_ids_BT", "predict_index_N", "target_N")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names})
+        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{n: t.to(device, non_blocking=non_blocking) for n, t in tensors.items()})
 
 
-def collate(table: TokenTable, packs: Sequence[int] | np.ndarray, pad_token_id: int) -> MicroBatch:
-    """The tensors of `packs`, on the CPU.
+def collate(table: TokenTable, packs: Sequence[int] | np.ndarray, pad_token_id: int, flat: bool = False) -> MicroBatch:
+    """The tensors of `packs`, on the CPU; a line a pack, or one line for all of them where `flat`.
 
     No packs give one pack of `EMPTY_TOKENS` padding tokens that attend to each other (a wholly masked row is NaN in
     some attention kernels) and bear no loss: N is 0, and so is `num_tokens`.
     """
     if len(packs) == 0:
         return _empty(pad_token_id)
-    documents = [table.pack(int(pack)) for pack in packs]
-    lengths = np.array([len(ids) for ids, _ in documents])
-    shape = (len(documents), int(lengths.max()))
+    lines = [[table.document(document) for document in table.documents_of(int(pack))] for pack in packs]
+    if flat:
+        lines = [[document for line in lines for document in line]]
+    document_lengths = [[len(ids) for ids, _ in line] for line in lines]
+    lengths = np.array([sum(line) for line in document_lengths])
+    shape = (len(lines), int(lengths.max()))
     input_ids_BT = np.full(shape, pad_token_id, dtype=np.int64)
     loss_mask_BT = np.zeros(shape, dtype=bool)
-    for line, (ids, mask) in enumerate(documents):
-        input_ids_BT[line, : len(ids)] = ids
-        loss_mask_BT[line, : len(ids)] = mask
-    positions_T = np.arange(shape[1])
-    # Flat index of a target; column 0 never bears loss, so the one before it lies in the same line.
+    position_ids_BT = np.tile(np.arange(shape[1]), (shape[0], 1))
+    for row, line in enumerate(lines):
+        start = 0
+        for ids, mask in line:
+            end = start + len(ids)
+            input_ids_BT[row, start:end] = ids
+            loss_mask_BT[row, start:end] = mask
+            position_ids_BT[row, start:] = np.arange(shape[1] - start)
+            start = end
+    # Flat index of a target; a document's first token never bears loss, so the one before is in the same document.
     target_index_N = np.flatnonzero(loss_mask_BT)
     return MicroBatch(
         packs=tuple(int(pack) for pack in packs),
         input_ids_BT=torch.from_numpy(input_ids_BT),
-        attention_mask_BT=torch.from_numpy((positions_T < lengths[:, None]).astype(np.int64)),
-        position_ids_BT=torch.from_numpy(np.tile(positions_T, (shape[0], 1))),
+        attention_mask_BT=torch.from_numpy((np.arange(shape[1]) < lengths[:, None]).astype(np.int64)),
+        position_ids_BT=torch.from_numpy(position_ids_BT),
         predict_index_N=torch.from_numpy(target_index_N - 1),
         target_N=torch.from_numpy(input_ids_BT.reshape(-1)[target_index_N]),
         num_tokens=int(lengths.sum()),
         num_loss_tokens=len(target_index_N),
+        packed=any(len(line) > 1 for line in lines),
+        cu_seqlens_D1=torch.tensor(np.cumsum([0, *document_lengths[0]]), dtype=torch.int32) if flat else None,
+        longest_document=max(max(line) for line in document_lengths),
     )
 
 

@@ -45,6 +45,10 @@ class BadRow(UserError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type["BadRow"], tuple[str, str]]:
+        # It crosses from the processes that tokenise; the default would leave out the reason.
+        return type(self), (self.reason, self.message)
+
 
 @dataclass
 class BadRows:

@@ -35,6 +35,7 @@ def data_record(name: str, table: TokenTable) -> dict[str, Any]:
         "loss_tokens": summary.loss_tokens,
         "longest": summary.longest,
         "packs": table.num_packs,
+        "packing_efficiency": summary.packing_efficiency if table.packs is not None else None,
     }
 
 
@@ -42,8 +43,10 @@ def data_line(record: dict[str, Any]) -> str:
     """A split's record in one line."""
     dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in record["dropped"].items())
     truncated = f", {record['truncated']:,} truncated" if record["truncated"] else ""
+    full = record["packing_efficiency"]
+    packs = "" if full is None else f" in {record['packs']:,} packs ({100 * full:.1f} % full)"
     return (
-        f"{record['split']}: {record['documents']:,} of {record['rows']:,} rows, {record['tokens']:,} tokens, "
+        f"{record['split']}: {record['documents']:,} of {record['rows']:,} rows{packs}, {record['tokens']:,} tokens, "
         f"{record['loss_tokens']:,} bear loss{truncated}{dropped}"
     )
 
@@ -70,8 +73,8 @@ def data_notices(name: str, table: TokenTable) -> list[str]:
 
 
 def example_pieces(table: TokenTable, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
-    """The beginning of the first pack in runs of tokens that do and do not bear loss, long ones shortened."""
-    ids, mask = table.pack(0)
+    """The beginning of the first document in runs of tokens that do and do not bear loss, long ones shortened."""
+    ids, mask = table.document(0)
     pieces: list[Piece] = []
     start = 0
     for learned, run in groupby(mask.tolist()):

@@ -1,98 +1,47 @@
-"""Rows -> one flat table of tokens in memory, the same on every rank."""
+"""Rows -> one flat table of tokens, made once and the same on every rank."""
 
-import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache
+from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from qlora_dist.config.errors import UserError
+from qlora_dist.config.folders import cache_root
 from qlora_dist.config.schema import DataConfig
+from qlora_dist.data.cache import cached_table, rows_digest, source_digest, table_key
 from qlora_dist.data.chat_templates import load_chat_template
 from qlora_dist.data.filters import Intake, check_leaks, load_rows
-from qlora_dist.data.formats import detect_format, to_conversation
+from qlora_dist.data.formats import FormatName, detect_format, to_conversation
+from qlora_dist.data.packing import pack_documents
 from qlora_dist.data.rows import Row, Split
+from qlora_dist.data.table import TokenSummary, TokenTable
 from qlora_dist.data.template import encode_conversations
 
 # Rows tokenised at once: enough for the tokenizer's threads, little enough that offsets (tuples) stay small.
 CHUNK_ROWS = 1024
 SHOWN_PROMPTS = 32
+# Fewer rows are tokenised sooner than another process has started.
+ROWS_PER_PROCESS = 50_000
+# Settings that change no token of a table, or that stand for a source whose content is looked at.
+NOT_IN_KEY = {"train", "eval", "shuffle", "num_proc", "cache_dir"}
 
 
 @dataclass(frozen=True, slots=True)
-class TokenSummary:
-    """What became of the rows.
+class Encoded:
+    """Documents of a chunk of rows, one after the other, as in `TokenTable`, and what became of its rows."""
 
-    Attributes:
-        rows: rows read.
-        documents: rows kept.
-        truncated: documents cut at `max_length`.
-        dropped: rows left out, by reason: `too_long`, `no_loss` (no loss-bearing token within `max_length`),
-            `too_short`, `refused` (by the chat template).
-        tokens: tokens of all documents.
-        loss_tokens: predictions that bear loss (a document's first token is never one).
-        longest: tokens of the longest document.
-        intake: what became of the rows before this; None where they came from no source.
-    """
-
-    rows: int
-    documents: int
-    truncated: int
-    dropped: dict[str, int]
-    tokens: int
-    loss_tokens: int
-    longest: int
-    intake: Intake | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class TokenTable:
-    """Documents one after the other. A pack is what takes one line of a micro-batch: one document, for now.
-
-    Attributes:
-        input_ids: int32 [tokens].
-        loss_mask: bool [tokens]; whether predicting this token bears loss, False at a document's first token.
-        offsets: int64 [documents + 1]; document d is `offsets[d]:offsets[d + 1]`.
-        summary: what became of the rows.
-        prompts: the last message before the answer, of the first documents, to show beside a model's answer.
-    """
-
+    lengths: np.ndarray
     input_ids: np.ndarray
     loss_mask: np.ndarray
-    offsets: np.ndarray
-    summary: TokenSummary
-    prompts: tuple[str, ...] = ()
-
-    @property
-    def num_packs(self) -> int:
-        return len(self.offsets) - 1
-
-    def pack(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids (int32 [T]) and loss mask (bool [T]) of a pack, as views."""
-        if not 0 <= index < self.num_packs:
-            raise IndexError(f"pack {index} of {self.num_packs}")
-        start, end = self.offsets[index], self.offsets[index + 1]
-        return self.input_ids[start:end], self.loss_mask[start:end]
-
-    @cached_property
-    def pack_tokens(self) -> np.ndarray:
-        """Tokens of each pack, int64 [packs]."""
-        return np.diff(self.offsets)
-
-    @cached_property
-    def pack_loss_tokens(self) -> np.ndarray:
-        """Loss-bearing predictions of each pack, int64 [packs]."""
-        return np.diff(np.concatenate([[0], np.cumsum(self.loss_mask, dtype=np.int64)])[self.offsets])
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the tokens, the mask and the documents' borders; a resumed run compares it."""
-        digest = hashlib.sha256()
-        for array, dtype in ((self.offsets, "<i8"), (self.input_ids, "<i4"), (self.loss_mask, "|b1")):
-            digest.update(np.ascontiguousarray(array, dtype=dtype).data)
-        return digest.hexdigest()
+    truncated: int
+    dropped: dict[str, int]
+    prompts: list[str]
 
 
 def build_table(
@@ -100,73 +49,100 @@ def build_table(
 ) -> TokenTable:
     """Tokenise `rows` in their order; `config.too_long` says what becomes of more than `config.max_length` tokens.
 
+    Training documents are packed where `config.packing` says so. Held-out ones never are, so that an evaluation's
+    batch means the same with and without packing, and a pack of it is a prompt and its answer.
+
     Raises:
         UserError: a row is malformed, too long (`too_long: error`), or none is left.
     """
-    format_ = detect_format(rows, config.format)
-    documents: list[tuple[np.ndarray, np.ndarray]] = []
-    prompts: list[str] = []
-    dropped = {"too_long": 0, "no_loss": 0}
-    truncated = 0
-    for start in range(0, len(rows), CHUNK_ROWS):
-        chunk = rows[start : start + CHUNK_ROWS]
-        conversations = [to_conversation(row, format_) for row in chunk]
-        encoded = encode_conversations(
-            conversations, tokenizer, config.assistant_only_loss, config.on_bad_row == "skip"
-        )
-        for conversation, (ids, mask) in zip(conversations, encoded, strict=True):
-            row = conversation.row
-            too_long = len(ids) > config.max_length
-            if too_long and config.too_long == "error":
-                raise UserError(
-                    f"{row.where} has {len(ids)} tokens, data.max_length is {config.max_length}; raise it, or set "
-                    "data.too_long to truncate or drop."
-                )
-            reason = _left_out(len(ids), config)
-            if reason is not None:
-                dropped[reason] = dropped.get(reason, 0) + 1
-            elif not mask[: config.max_length].any():
-                dropped["no_loss"] += 1
-            else:
-                truncated += too_long
-                documents.append((ids[: config.max_length], mask[: config.max_length]))
-                if len(prompts) < SHOWN_PROMPTS:
-                    prompts.append(conversation.last_prompt)
-    if not documents:
+    chunks = list(_encode(rows, detect_format(rows, config.format), tokenizer, config))
+    reasons = dict.fromkeys(reason for chunk in chunks for reason in chunk.dropped)
+    dropped = {reason: sum(chunk.dropped.get(reason, 0) for chunk in chunks) for reason in reasons}
+    lengths = np.concatenate([chunk.lengths for chunk in chunks])
+    if not len(lengths):
         raise UserError(
             f"data.{split}: no row is left of {len(rows)}, none has a token to learn within "
             f"data.max_length={config.max_length} tokens; raise data.max_length."
         )
-    return _table(documents, len(rows), truncated, dropped, prompts)
+    loss_mask = np.concatenate([chunk.loss_mask for chunk in chunks])
+    packs = pack_documents(lengths, config.max_length) if config.packing and split == "train" else None
+    num_packs = len(lengths) if packs is None else len(packs.offsets) - 1
+    summary = TokenSummary(
+        rows=len(rows),
+        documents=len(lengths),
+        truncated=sum(chunk.truncated for chunk in chunks),
+        dropped=dropped,
+        tokens=int(lengths.sum()),
+        loss_tokens=int(loss_mask.sum()),
+        longest=int(lengths.max()),
+        packs=num_packs,
+        packing_efficiency=float(lengths.sum() / (num_packs * config.max_length)),
+    )
+    return TokenTable(
+        input_ids=np.concatenate([chunk.input_ids for chunk in chunks]),
+        loss_mask=loss_mask,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        summary=summary,
+        prompts=tuple(prompt for chunk in chunks for prompt in chunk.prompts)[:SHOWN_PROMPTS],
+        packs=packs,
+    )
 
 
 def prepare_data(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[TokenTable, TokenTable | None]:
-    """The training table and, where the config asks for one, the held-out table.
+    """The training table and, where the config asks for one, the held-out table: from the cache, or into it.
 
     `max_rows` takes the first rows of the training source before anything is held out of them. `eval_split` holds
-    out rows drawn by `seed`; `max_eval_rows` caps them, and what it leaves stays in training.
+    out rows drawn by `seed`; `max_eval_rows` caps them, and what it leaves stays in training. Rows of a local source
+    are not even read where the cache has their tokens.
 
     Raises:
-        UserError: as `read_rows` and `build_table`; `eval` and `eval_split` are both set, or `eval_split` is not a
-            share or a whole number of rows, or leaves no row to train on.
+        UserError: as `load_rows` and `build_table`; `eval` and `eval_split` are both set, or `eval_split` is not a
+            share or a whole number of rows, or leaves no row to train on; the cache folder cannot be written.
     """
     if config.eval is not None and config.eval_split:
         raise UserError("data.eval and data.eval_split are both set; remove one of them.")
+
     if config.chat_template is not None:
         tokenizer.chat_template = load_chat_template(config.chat_template)
+
+    @cache
+    def taken() -> dict[Split, tuple[list[Row], Intake]]:
+        return take_rows(config, seed)
+
+    def content(split: Split) -> str:
+        source = config.eval if split == "eval" and config.eval is not None else config.train
+        return source_digest(source) or rows_digest(taken()[split][0])
+
+    def table(split: Split) -> TokenTable:
+        # Which held-out rows are left depends on the training rows too.
+        contents = [content("train")] if split == "train" else [content("train"), content("eval")]
+        key = table_key([contents, split, _settings(config, split, seed)], tokenizer)
+        folder = (config.cache_dir or cache_root() / "tokens").expanduser().absolute()
+        return cached_table(folder / key, lambda: build(split))
+
+    def build(split: Split) -> TokenTable:
+        rows, intake = taken()[split]
+        built = build_table(rows, tokenizer, config, split)
+        return replace(built, summary=replace(built.summary, intake=intake))
+
+    return table("train"), table("eval") if config.eval is not None or config.eval_split else None
+
+
+def take_rows(config: DataConfig, seed: int) -> dict[Split, tuple[list[Row], Intake]]:
+    """The rows of both splits (none are held out where the config asks for none), and what became of the others.
+
+    Raises:
+        UserError: as `load_rows`, `split_rows` and `check_leaks`.
+    """
     rows, intake = load_rows(config)
     if config.eval is not None:
         eval_rows, eval_intake = load_rows(config, "eval")
     else:
         rows, eval_rows = split_rows(rows, config.eval_split, seed, config.max_eval_rows)
         eval_intake = Intake(len(eval_rows), intake.format)
-    eval_rows, eval_intake = check_leaks(rows, eval_rows, eval_intake, intake.format, config)
-    train = _with_intake(build_table(rows, tokenizer, config), intake)
-    if not eval_rows:
-        return train, None
-    return train, _with_intake(build_table(eval_rows, tokenizer, config, split="eval"), eval_intake)
+    return {"train": (rows, intake), "eval": check_leaks(rows, eval_rows, eval_intake, intake.format, config)}
 
 
 def split_rows(
@@ -191,8 +167,80 @@ def split_rows(
     return train, [rows[index] for index in sorted(held_out)]
 
 
-def _with_intake(table: TokenTable, intake: Intake) -> TokenTable:
-    return replace(table, summary=replace(table.summary, intake=intake))
+def _settings(config: DataConfig, split: Split, seed: int) -> dict[str, Any]:
+    """The settings that decide which tokens the table of `split` holds."""
+    unused = set(NOT_IN_KEY)
+    if split == "eval":
+        unused.add("packing")
+    elif config.eval is not None:
+        unused.add("max_eval_rows")
+    return config.model_dump(mode="json", exclude=unused) | ({"seed": seed} if config.eval_split else {})
+
+
+def _encode(
+    rows: Sequence[Row], format_: FormatName, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> Iterator[Encoded]:
+    chunks = [rows[start : start + CHUNK_ROWS] for start in range(0, len(rows), CHUNK_ROWS)]
+    num_proc = config.num_proc or min(len(os.sched_getaffinity(0)), max(1, len(rows) // ROWS_PER_PROCESS))
+    # A class that the model's own repository brought is unknown to a fresh process.
+    if num_proc == 1 or len(chunks) == 1 or not type(tokenizer).__module__.startswith("transformers."):
+        for chunk in chunks:
+            yield _encode_chunk(chunk, format_, tokenizer, config)
+        return
+    # Spawned, since a fork copies the locks of CUDA's, gloo's and the tokenizer's threads, but not the threads.
+    with ProcessPoolExecutor(
+        min(num_proc, len(chunks)), get_context("spawn"), _start_process, (format_, tokenizer, config)
+    ) as pool:
+        yield from pool.map(_encode_in_process, chunks)
+
+
+def _start_process(*context: Any) -> None:
+    global _context
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _context = context
+
+
+def _encode_in_process(chunk: Sequence[Row]) -> Encoded:
+    return _encode_chunk(chunk, *_context)
+
+
+_context: tuple[Any, ...] = ()
+
+
+def _encode_chunk(
+    rows: Sequence[Row], format_: FormatName, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> Encoded:
+    conversations = [to_conversation(row, format_) for row in rows]
+    kept: list[tuple[np.ndarray, np.ndarray]] = []
+    prompts: list[str] = []
+    dropped = {"too_long": 0, "no_loss": 0}
+    truncated = 0
+    encoded = encode_conversations(conversations, tokenizer, config.assistant_only_loss, config.on_bad_row == "skip")
+    for conversation, (ids, mask) in zip(conversations, encoded, strict=True):
+        too_long = len(ids) > config.max_length
+        if too_long and config.too_long == "error":
+            raise UserError(
+                f"{conversation.row.where} has {len(ids)} tokens, data.max_length is {config.max_length}; raise it, "
+                "or set data.too_long to truncate or drop."
+            )
+        reason = _left_out(len(ids), config)
+        if reason is not None:
+            dropped[reason] = dropped.get(reason, 0) + 1
+        elif not mask[: config.max_length].any():
+            dropped["no_loss"] += 1
+        else:
+            truncated += too_long
+            kept.append((ids[: config.max_length], mask[: config.max_length]))
+            if len(prompts) < SHOWN_PROMPTS:
+                prompts.append(conversation.last_prompt)
+    return Encoded(
+        lengths=np.array([len(ids) for ids, _ in kept], dtype=np.int64),
+        input_ids=np.concatenate([ids for ids, _ in kept] or [np.empty(0, np.int32)]),
+        loss_mask=np.concatenate([mask for _, mask in kept] or [np.empty(0, bool)]),
+        truncated=truncated,
+        dropped=dropped,
+        prompts=prompts,
+    )
 
 
 def _left_out(length: int, config: DataConfig) -> str | None:
@@ -203,30 +251,3 @@ def _left_out(length: int, config: DataConfig) -> str | None:
         return "too_short"
     dropped_above = [config.filter.max_tokens, config.max_length if config.too_long == "drop" else None]
     return "too_long" if any(limit is not None and length > limit for limit in dropped_above) else None
-
-
-def _table(
-    documents: list[tuple[np.ndarray, np.ndarray]],
-    num_rows: int,
-    truncated: int,
-    dropped: dict[str, int],
-    prompts: list[str],
-) -> TokenTable:
-    lengths = np.array([len(ids) for ids, _ in documents], dtype=np.int64)
-    loss_mask = np.concatenate([mask for _, mask in documents])
-    summary = TokenSummary(
-        rows=num_rows,
-        documents=len(documents),
-        truncated=truncated,
-        dropped=dropped,
-        tokens=int(lengths.sum()),
-        loss_tokens=int(loss_mask.sum()),
-        longest=int(lengths.max()),
-    )
-    return TokenTable(
-        input_ids=np.concatenate([ids for ids, _ in documents]),
-        loss_mask=loss_mask,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        summary=summary,
-        prompts=tuple(prompts),
-    )

@@ -1,7 +1,8 @@
-"""A Llama in a GGUF file -> a folder that transformers loads (config, bf16 safetensors, tokenizer).
+"""A GGUF file -> a folder that transformers loads (config, bf16 safetensors, tokenizer).
 
-Weights, config and tokenizer are read with gguf-py alone: what transformers makes of a GGUF differs between its
-versions (5.17 gives this kind of tokenizer a wrong end-of-sequence token), and a converted folder must not.
+Weights, config and tokenizer of a plain Llama are read with gguf-py alone: what transformers makes of a GGUF differs
+between its versions (5.17 gives this kind of tokenizer a wrong end-of-sequence token), and a converted folder must
+not. Other architectures and tokenizers go through transformers' reader (gguf_other.py).
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import torch
 
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.folders import cache_root, folder_lock, publish_folder
+from qlora_dist.model.gguf_other import convert_by_transformers
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
@@ -36,6 +38,8 @@ BLOCK_TENSORS = {
 OTHER_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 # llama.cpp's names for vocabularies whose merges were learned with every digit on its own.
 SINGLE_DIGIT_SPLITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
+# Those that transformers' reader knows; it takes any other too, and splits text in a way the model never saw.
+TRANSFORMERS_SPLITS = {"default", "qwen2", "llama-bpe", "llama3", "llama-v3"}
 CONTROL_TOKEN, USER_DEFINED_TOKEN = 3, 4
 
 
@@ -73,17 +77,23 @@ def convert_gguf(gguf_file: Path, folder: Path, checksum: str | None = None) -> 
     except (ValueError, IndexError) as error:
         raise UserError(f"{gguf_file} is cut short or no GGUF file ({error}); install or fetch it again.") from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    config = _llama_config(gguf_file, fields, {tensor.name for tensor in reader.tensors})
-    tokenizer = _byte_level_tokenizer(gguf_file, fields)
-    num_heads = config.num_attention_heads
-    weights = dequantize(reader, num_heads, config.num_key_value_heads or num_heads)
-    weights = {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(folder)
-    GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if "general.architecture" not in fields or "tokenizer.ggml.tokens" not in fields:
+        raise UserError(f"{gguf_file} holds no language model with its tokenizer; use another file.")
+    reason = _beyond_plain_llama(gguf_file, fields, {tensor.name for tensor in reader.tensors})
+    if reason is not None:
+        convert_by_transformers(gguf_file, folder, fields, reason)
+    else:
+        config = _llama_config(fields, {tensor.name for tensor in reader.tensors})
+        tokenizer = _byte_level_tokenizer(fields)
+        num_heads = config.num_attention_heads
+        weights = dequantize(reader, num_heads, config.num_key_value_heads or num_heads)
+        weights = {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(folder)
+        GenerationConfig(
+            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+        ).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     source = {
         "file": gguf_file.name,
         "sha256": checksum or _sha256(gguf_file),
@@ -161,14 +171,27 @@ def _dequantized(tensor: "ReaderTensor") -> torch.Tensor:
     return torch.from_numpy(values.copy())
 
 
-def _llama_config(gguf_file: Path, fields: dict[str, Any], tensor_names: set[str]) -> "LlamaConfig":
+def _beyond_plain_llama(gguf_file: Path, fields: dict[str, Any], tensor_names: set[str]) -> str | None:
+    # transformers would lose scaled rotary positions (a GGUF keeps their factors as a tensor), so nobody reads those.
+    architecture = fields["general.architecture"]
+    if fields.get(f"{architecture}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in tensor_names:
+        raise UserError(f"{gguf_file.name} has scaled rotary positions, which are not read: use safetensors instead.")
+    kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
+    if kind == "gpt2" and split not in {*SINGLE_DIGIT_SPLITS, "gpt-2", *TRANSFORMERS_SPLITS}:
+        raise UserError(
+            f"{gguf_file.name} has a gpt2 tokenizer with the {split} split, which is not read from GGUF files: "
+            "use the safetensors model instead."
+        )
+    if architecture != "llama":
+        return f"{gguf_file.name} has architecture {architecture}: use safetensors instead."
+    if kind != "gpt2" or split not in {*SINGLE_DIGIT_SPLITS, "gpt-2"}:
+        return f"{gguf_file.name} has a {kind} tokenizer with the {split} split: use safetensors instead."
+    return None
+
+
+def _llama_config(fields: dict[str, Any], tensor_names: set[str]) -> "LlamaConfig":
     from transformers import LlamaConfig
 
-    architecture = fields.get("general.architecture")
-    scaling = fields.get("llama.rope.scaling.type", "none")
-    if architecture != "llama" or scaling != "none" or "rope_freqs.weight" in tensor_names:
-        what = f"architecture {architecture}" if architecture != "llama" else "scaled rotary positions"
-        raise UserError(f"{gguf_file.name} has {what}; only plain Llama GGUF files are read: use safetensors instead.")
     num_heads, hidden_size = fields["llama.attention.head_count"], fields["llama.embedding_length"]
     config = LlamaConfig(
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
@@ -191,16 +214,11 @@ def _llama_config(gguf_file: Path, fields: dict[str, Any], tensor_names: set[str
     return config
 
 
-def _byte_level_tokenizer(gguf_file: Path, fields: dict[str, Any]) -> "PreTrainedTokenizerFast":
+def _byte_level_tokenizer(fields: dict[str, Any]) -> "PreTrainedTokenizerFast":
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or split not in {*SINGLE_DIGIT_SPLITS, "gpt-2"}:
-        raise UserError(
-            f"{gguf_file.name} has a {kind} tokenizer with the {split} split, which is not read from GGUF files: "
-            "use the safetensors model instead."
-        )
+    split = fields.get("tokenizer.ggml.pre", "default")
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))

@@ -181,10 +181,12 @@ def data_table(splits: list[dict[str, Any]]) -> Table:
         table.add_column(name, justify="right")
     table.add_column("left out")
     for split in splits:
-        numbers = (split[key] for key in ("rows", "documents", "tokens", "loss_tokens", "longest", "packs"))
+        numbers = [f"{split[key]:,}" for key in ("rows", "documents", "tokens", "loss_tokens", "longest", "packs")]
+        if split["packing_efficiency"] is not None:
+            numbers[-1] += f" ({100 * split['packing_efficiency']:.1f} % full)"
         reasons = [f"{count:,} {reason}" for reason, count in split["dropped"].items()]
         reasons += [f"({split['truncated']:,} truncated)"] if split["truncated"] else []
-        table.add_row(split["split"], *(f"{number:,}" for number in numbers), Text(", ".join(reasons) or "none"))
+        table.add_row(split["split"], *numbers, Text(", ".join(reasons) or "none"))
     return table
 
 

@@ -36,17 +36,17 @@ def held_out_loss(
 
 @torch.no_grad()
 def answer_prompts(
-    model: Any, tokenizer: Any, table: TokenTable, packs: Sequence[int], max_new_tokens: int,
+    model: Any, tokenizer: Any, table: TokenTable, documents: Sequence[int], max_new_tokens: int,
     compute_dtype: torch.dtype, device: torch.device,
 ) -> list[dict[str, str]]:  # fmt: skip
-    """Greedy answers of the base alone (`before`) and with the adapter (`after`) to the prompts of `packs`.
+    """Greedy answers of the base alone (`before`) and with the adapter (`after`) to the prompts of `documents`.
 
-    A pack's prompt is what precedes its first loss-bearing token; `expected` is the rest of it.
+    A document's prompt is what precedes its first loss-bearing token; `expected` is the rest of it.
     """
     model.eval()
     answers = []
-    for pack in packs:
-        ids, loss_mask = table.pack(pack)
+    for document in documents:
+        ids, loss_mask = table.document(document)
         prompt_T = torch.from_numpy(ids[: int(loss_mask.argmax())].astype("int64"))[None].to(device)
 
         def generate(prompt_T: torch.Tensor = prompt_T) -> str:
@@ -60,6 +60,6 @@ def answer_prompts(
         with model.disable_adapter():
             before = generate()
         expected = tokenizer.decode(ids[loss_mask], skip_special_tokens=True).strip()
-        answers.append({"prompt": table.prompts[pack], "expected": expected, "before": before, "after": generate()})
+        answers.append({"prompt": table.prompts[document], "expected": expected, "before": before, "after": generate()})
     model.train()
     return answers

@@ -25,7 +25,7 @@ from qlora_dist.track.metrics import MetricsLog
 from qlora_dist.train.evaluate import held_out_loss
 from qlora_dist.train.heartbeat import Heartbeat, memory_bytes
 from qlora_dist.train.progress import Progress
-from qlora_dist.train.step import accumulate_gradients, draw_seed
+from qlora_dist.train.step import accumulate_gradients, draw_seed, lays_flat
 
 CLOSE_TIMEOUT_S = 60.0
 
@@ -120,7 +120,7 @@ class Loop:
         mine = micro_batches(packs, config.train.per_device_train_batch_size, self.rank, self.world_size)
         batches = [
             (
-                collate(self.train_table, part, self.pad_token_id).to(self.device),
+                collate(self.train_table, part, self.pad_token_id, flat=lays_flat(config)).to(self.device),
                 draw_seed(config.seed, progress.step, part[0] if part else 0),
             )
             for part in mine

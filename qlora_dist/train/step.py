@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from qlora_dist.config.schema import RunConfig
 from qlora_dist.data.collate import MicroBatch
 from qlora_dist.shard.strategy import Strategy
 
@@ -69,14 +70,35 @@ def loss_sum(model: nn.Module, batch: MicroBatch) -> Tensor:
     """
     length = batch.input_ids_BT.shape[1]
     row_N, time_N = batch.predict_index_N // length, batch.predict_index_N % length
+    inputs = {"input_ids": batch.input_ids_BT, "use_cache": False} | document_borders(batch)
     if _can_select_logits(model):
         kept_K, kept_index_N = torch.unique(time_N, return_inverse=True)
-        logits_BKV = model(input_ids=batch.input_ids_BT, use_cache=False, logits_to_keep=kept_K).logits
+        logits_BKV = model(**inputs, logits_to_keep=kept_K).logits
         all_kept = logits_BKV.shape[0] * logits_BKV.shape[1] == len(row_N)
         logits_NV = logits_BKV.flatten(0, 1) if all_kept else logits_BKV[row_N, kept_index_N]
     else:
-        logits_NV = model(input_ids=batch.input_ids_BT, use_cache=False).logits[row_N, time_N]
+        logits_NV = model(**inputs).logits[row_N, time_N]
     return cross_entropy(logits_NV.float(), batch.target_N, reduction="sum")
+
+
+def lays_flat(config: RunConfig) -> bool:
+    """Whether all packs of a micro-batch share one line: flash attention keeps documents apart there only."""
+    return config.data.packing and config.model.attn_implementation == "flash_attention_2"
+
+
+def document_borders(batch: MicroBatch) -> dict[str, Any]:
+    """What keeps the documents of a line apart in a transformers model; nothing where each has a line of its own.
+
+    Without an attention mask, transformers makes the block-diagonal causal mask from position ids that begin anew
+    (`sdpa`, `eager`, any number of lines). Flash attention takes the borders themselves, and needs one flat line.
+    """
+    if not batch.packed:
+        return {}
+    borders: dict[str, Any] = {"position_ids": batch.position_ids_BT}
+    if batch.cu_seqlens_D1 is not None:
+        borders |= {"cu_seq_lens_q": batch.cu_seqlens_D1, "cu_seq_lens_k": batch.cu_seqlens_D1}
+        borders |= {"max_length_q": batch.longest_document, "max_length_k": batch.longest_document}
+    return borders
 
 
 def _can_select_logits(model: Any) -> bool:

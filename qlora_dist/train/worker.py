@@ -40,12 +40,13 @@ from qlora_dist.optim.optimizers import build_optimizer
 from qlora_dist.optim.schedules import build_schedule
 from qlora_dist.shard.strategy import FullState, Strategy, make_strategy
 from qlora_dist.track.attempt import open_metrics
+from qlora_dist.train.boundaries import check_document_boundaries
 from qlora_dist.train.context import Worker
 from qlora_dist.train.evaluate import answer_prompts
 from qlora_dist.train.heartbeat import Heartbeat
 from qlora_dist.train.loop import Loop
 from qlora_dist.train.progress import Progress
-from qlora_dist.train.step import LossScale
+from qlora_dist.train.step import LossScale, lays_flat
 
 # What makes an adapter another adapter, by PEFT's names.
 ADAPTER_IDENTITY = (
@@ -125,6 +126,8 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
         raise ValueError(f"strategy none with {worker.world_size} workers would train {worker.world_size} adapters")
     strategy = make_strategy(config.strategy)
     model = strategy.apply(adapted, partial(build_optimizer, config=config.train, notice=partial(note, "notice")))
+    if config.data.packing:
+        check_document_boundaries(model, lays_flat(config), dtype, worker.device)
     adapter_settings = json.loads(adapter_config_json(adapted))
     identity = run_identity(config, folder, train_table, adapter_settings)
     progress = Progress(loss_scale=LossScale.for_dtype(dtype))
@@ -216,6 +219,7 @@ def run_identity(
     return {
         "model.name": base_fingerprint(base_folder),
         "model.quantization": f"{config.model.quantization}, double_quant {config.model.double_quant}",
+        "data.packing": f"to {config.data.max_length} tokens" if config.data.packing else "off",
         "data.train": table.fingerprint,
         "data.shuffle": config.data.shuffle,
         "train.global_batch_size": config.global_batch_size,
@@ -260,9 +264,9 @@ def finish(loop: Loop, worker: Worker, tokenizer: Any, generation: int) -> None:
             )
     samples: list[dict[str, str]] = []
     if loop.eval_table is not None and config.eval.sample_prompts:
-        packs = range(min(config.eval.sample_prompts, loop.eval_table.num_packs))
+        documents = range(min(config.eval.sample_prompts, loop.eval_table.num_documents))
         mine = answer_prompts(
-            model, tokenizer, loop.eval_table, packs[worker.rank :: worker.world_size],
+            model, tokenizer, loop.eval_table, documents[worker.rank :: worker.world_size],
             config.eval.sample_max_new_tokens, loop.compute_dtype, worker.device,
         )  # fmt: skip
         samples = gather_in_turn(worker, mine)

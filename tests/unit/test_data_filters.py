@@ -62,6 +62,11 @@ def test_bad_rows_are_left_out_counted_and_the_first_of_each_kind_named(
     assert data_notices("train", table)[2].startswith(f"train: left out 2 rows (missing key); the first: {source}:3")
 
 
+def test_the_format_is_that_of_the_first_row_that_has_one(tmp_path: Path) -> None:
+    source = write(tmp_path, {"note": "of another kind"}, ("q", "a"))
+    assert load_rows(DataConfig(train=source, on_bad_row="skip"))[1].dropped == {"missing key": 1}
+
+
 def test_bad_rows_are_errors_unless_skipped(tmp_path: Path) -> None:
     source = write(tmp_path, ("q", "a"), "oops")
     with pytest.raises(UserError, match=r"x\.jsonl:2 is not JSON"):

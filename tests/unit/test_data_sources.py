@@ -31,11 +31,14 @@ QUESTIONS = [
     {"question": " leading", "answer": "carriage\r\nreturn "},
 ]
 CHATS = [
-    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
-    {"messages": [{"role": "system", "content": "be brief", "name": "x"}, *[
-        {"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")
-    ]]},
-]  # fmt: skip
+    {"messages": [{"role": "user", "content": "hi", "tag": {"a": "1"}}, {"role": "assistant", "content": "yo"}]},
+    {
+        "messages": [
+            {"role": "system", "content": "be brief", "tag": {"a": "1", "b": "2"}},
+            *[{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")],
+        ]
+    },
+]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +94,7 @@ def test_every_source_gives_the_same_tokens(
     rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     # Renders what a template must not be able to see: nulls of a typed table.
-    tokenizer.chat_template = "{% for m in messages %}{{ m.keys() | list | length }}{{ m.content }}\n{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ (m.tag or {}) | length }}{{ m.content }}\n{% endfor %}"
     sources = write_every_kind(tmp_path, rows)
     reference_ids, reference_mask = tokens_of(sources.pop("jsonl"), tokenizer)
     assert reference_mask.any()

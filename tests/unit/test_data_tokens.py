@@ -59,6 +59,8 @@ def test_table_and_summary_by_hand(tokenizer: PreTrainedTokenizerBase) -> None:
         tokens=sum(lengths),
         loss_tokens=6,
         longest=lengths[1],
+        packs=2,
+        packing_efficiency=sum(lengths) / (2 * 2048),
     )
     with pytest.raises(IndexError):
         table.pack(-1)

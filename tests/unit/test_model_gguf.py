@@ -1,6 +1,7 @@
 """GGUF -> folder, against gguf-py's own dequantisation and a model whose true weights are known."""
 
 import json
+import shutil
 from importlib import metadata
 from pathlib import Path
 
@@ -9,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import ModelConfig
-from qlora_dist.model.base import load_tokenizer
+from qlora_dist.model.base import load_base, load_tokenizer
 from qlora_dist.model.gguf import convert_gguf, dequantized_folder, rounding_note
 from qlora_dist.model.resolve import packaged_gguf, resolve_base
 
@@ -27,6 +28,8 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
 }
 
 
@@ -39,13 +42,14 @@ def interleave(weight: np.ndarray, num_heads: int) -> np.ndarray:
 def gguf_name(name: str) -> str:
     parts = name.split(".")
     if parts[1] == "layers":
-        return f"blk.{parts[2]}.{NAMES['.'.join(parts[3:-1])]}.weight"
+        return f"blk.{parts[2]}.{NAMES['.'.join(parts[3:-1])]}.{parts[-1]}"
     return {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[
         name.removesuffix(".weight")
     ] + ".weight"
 
 
 def write_gguf(folder: Path, path: Path, quantize: bool, architecture: str = "llama", split: str = "gpt-2") -> Path:
+    """`folder`'s model as a GGUF file; only a Llama has its q and k rows in llama.cpp's order."""
     config = json.loads((folder / "config.json").read_text())
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
@@ -60,6 +64,9 @@ def write_gguf(folder: Path, path: Path, quantize: bool, architecture: str = "ll
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    if architecture == "qwen3":
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)
@@ -69,7 +76,7 @@ def write_gguf(folder: Path, path: Path, quantize: bool, architecture: str = "ll
     writer.add_pad_token_id(config["pad_token_id"])
     for name, tensor in load_file(folder / "model.safetensors").items():
         values = tensor.numpy()
-        if "q_proj" in name or "k_proj" in name:
+        if architecture == "llama" and "bias" not in name and ("q_proj" in name or "k_proj" in name):
             heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
             values = interleave(values, heads)
         if quantize and "proj" in name:
@@ -136,6 +143,52 @@ def test_quantised_file_is_cached_and_says_so(
     content[-1] ^= 1
     file.write_bytes(content)
     assert dequantized_folder(file) != folder
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_other_architectures_through_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path, family: str
+) -> None:
+    monkeypatch.setenv("QLORA_DIST_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / family
+    shutil.copytree(tiny_model, folder)
+    shape = json.loads((folder / "config.json").read_text())
+    shape = {key: shape[key] for key in shape if key not in ("architectures", "model_type", "attention_bias", "dtype")}
+    if family == "qwen3":
+        shape["head_dim"] = 128  # transformers takes it for granted
+    config = AutoConfig.for_model(family, **shape)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    file = write_gguf(folder, tmp_path / "model.gguf", quantize=False, architecture=family, split="qwen2")
+    converted = resolve_base(ModelConfig(name=str(file)))
+    true_weights, weights = (load_file(f / "model.safetensors") for f in (folder, converted))
+    assert set(weights) == set(true_weights)
+    for name, weight in weights.items():
+        assert torch.equal(weight, true_weights[name].bfloat16()), name
+    ids = torch.arange(3, 60)[None]
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float()
+    assert torch.equal(reference(ids).logits, AutoModelForCausalLM.from_pretrained(converted).float()(ids).logits)
+    tokenizer = load_tokenizer(converted)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    text = "<|im_start|>user\nWhat is it?<|im_end|>\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer) == 320
+    quantised = load_base(ModelConfig(name=str(file)), converted, torch.device("cpu"))
+    assert torch.isfinite(quantised(ids).logits).all()
+
+
+def test_gguf_paths(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no file .*absent\.gguf"):
+        resolve_base(ModelConfig(name=str(tmp_path / "absent.gguf")))
+    with pytest.raises(UserError, match=r"there is no file model\.gguf"):
+        resolve_base(ModelConfig(name="model.gguf"))
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(UserError, match=r"a\.txt is no GGUF file"):
+        resolve_base(ModelConfig(name=str(tmp_path / "a.txt")))
 
 
 def test_unsupported_files(tiny_model: Path, tmp_path: Path) -> None:

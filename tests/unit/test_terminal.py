@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from qlora_dist.track.metrics import MetricsLog, read_metrics
-from qlora_dist.track.terminal import Tail, View, watching
+from qlora_dist.track.terminal import Tail, View, data_table, watching
 from tests.single import small_config, train_here
 
 
@@ -51,6 +51,19 @@ def test_a_terminal_gets_a_progress_bar(tiny_model: Path, tmp_path: Path) -> Non
     # Prompt and template are dim (2), the answer is not.
     assert "rows read" in stream.getvalue()
     assert re.search(r"\x1b\[2m<\|im_start\|>user", stream.getvalue())
+
+
+def test_the_data_table_tells_how_full_packs_are_and_why_rows_were_left_out() -> None:
+    split = {
+        "split": "train", "rows": 1200, "documents": 1190, "dropped": {"duplicate": 9, "[x]": 1}, "truncated": 2,
+        "tokens": 50000, "loss_tokens": 20000, "longest": 300, "packs": 25, "packing_efficiency": 0.9765,
+    }  # fmt: skip
+    console = Console(file=io.StringIO(), width=140)
+    with console.capture() as shown:
+        console.print(data_table([split, split | {"split": "eval", "dropped": {}, "packing_efficiency": None}]))
+    lines = [" ".join(line.split()) for line in shown.get().splitlines()]
+    assert lines[1] == "train 1,200 1,190 50,000 20,000 300 25 (97.7 % full) 9 duplicate, 1 [x], (2 truncated)"
+    assert lines[2] == "eval 1,200 1,190 50,000 20,000 300 25 (2 truncated)"
 
 
 def test_tail_gives_whole_lines_and_follows_a_replaced_file(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
     python benchmarks/synthetic.py train --out benchmarks/results/synthetic_8b.json
     python benchmarks/synthetic.py load synthetic:llama-3.1-70b --out benchmarks/results/load_70b.json
+    python benchmarks/synthetic.py cache synthetic:llama-3.1-70b --out benchmarks/results/cache_70b.json
 
 `train` runs synthetic.yaml for 20 steps under Ray, then the same command with 24 steps, which resumes. Every token
-bears loss; tokens/s is the median of the steps after the first five. `load` quantises a base onto the GPU.
+bears loss; tokens/s is the median of the steps after the first five. `load` quantises a base onto the GPU. `cache`
+trains two steps while writing the NF4 cache and two from it, and reads the process's host memory.
 """
 
 import argparse
@@ -101,14 +103,58 @@ def load(name: str) -> dict[str, Any]:
     }
 
 
+def cache(name: str) -> dict[str, Any]:
+    """Two steps from the bf16 shape, writing its NF4 cache, then two in a new process from the cache."""
+    result: dict[str, Any] = {"what": f"{name}: two steps at 1 x 2048, writing the NF4 cache, then from the cache"}
+    with tempfile.TemporaryDirectory() as scratch:
+        rows, folder = Path(scratch) / "rows.jsonl", Path(scratch) / "nf4"
+        write_rows(rows, rows=8)
+        for part in ("writing", "from_cache"):
+            run_dir = Path(scratch) / part
+            command = [sys.executable, "-m", "qlora_dist.cli", "train", str(SETTINGS), f"data.train={rows}"]
+            command += [f"output_dir={run_dir}", f"model.name={name}", f"model.cache_quantized={folder}"]
+            command += ["launch.backend=none", "train.max_steps=2", "train.global_batch_size=1"]
+            command += ["train.per_device_train_batch_size=1"]
+            started, started_clock = time.monotonic(), time.time()
+            process = subprocess.Popen(command)
+            peak = 0
+            while process.poll() is None:
+                peak = max(peak, anonymous_bytes(process.pid))
+                time.sleep(0.05)
+            if process.returncode:
+                raise SystemExit(process.returncode)
+            first = next(record for record in read_metrics(run_dir) if record["step"] == 1)
+            memory = [rank.get("memory_bytes") for rank in read_status(run_dir)["ranks"]]
+            result[part] = {
+                "seconds": time.monotonic() - started,
+                "seconds_to_first_step": first["time"] - started_clock,
+                "host_peak_gib": peak / 2**30,
+                "gpu_peak_allocated_gib": max(memory) / 2**30,
+            }
+        result["cache_gib"] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**30
+    return result
+
+
+def anonymous_bytes(pid: int) -> int:
+    """A process's memory without page cache: its anonymous pages, private and shared."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return sum(
+        int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(("Anonymous:", "Pss_Shmem:"))
+    )
+
+
 def main() -> None:
-    """Run one of the two and write its JSON."""
+    """Run one of the three and write its JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "load"])
-    parser.add_argument("rest", nargs="*", help="train: overrides; load: the base")
+    parser.add_argument("what", choices=["train", "load", "cache"])
+    parser.add_argument("rest", nargs="*", help="train: overrides; load, cache: the base")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    result = train(arguments.rest) if arguments.what == "train" else load(arguments.rest[0])
+    run: dict[str, Any] = {"train": train, "load": lambda rest: load(rest[0]), "cache": lambda rest: cache(rest[0])}
+    result = run[arguments.what](arguments.rest)
     result["device"] = torch.cuda.get_device_name()
     result["versions"] = {module.__name__: module.__version__ for module in (torch, transformers)}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -60,9 +60,10 @@ def build_table(
     dropped = {reason: sum(chunk.dropped.get(reason, 0) for chunk in chunks) for reason in reasons}
     lengths = np.concatenate([chunk.lengths for chunk in chunks])
     if not len(lengths):
+        why = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
         raise UserError(
-            f"data.{split}: no row is left of {len(rows)}, none has a token to learn within "
-            f"data.max_length={config.max_length} tokens; raise data.max_length."
+            f"data.{split}: no row is left of {len(rows)} ({why}), within data.max_length={config.max_length} tokens; "
+            "raise data.max_length, or loosen data.filter and data.too_long."
         )
     loss_mask = np.concatenate([chunk.loss_mask for chunk in chunks])
     packs = pack_documents(lengths, config.max_length) if config.packing and split == "train" else None

@@ -62,7 +62,7 @@ def build_table(
     if not len(lengths):
         why = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
         raise UserError(
-            f"data.{split}: no row is left of {len(rows)} ({why}), within data.max_length={config.max_length} tokens; "
+            f"data.{split}: no row is left of {len(rows)}, with data.max_length={config.max_length} tokens ({why}); "
             "raise data.max_length, or loosen data.filter and data.too_long."
         )
     loss_mask = np.concatenate([chunk.loss_mask for chunk in chunks])

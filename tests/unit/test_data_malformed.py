@@ -122,7 +122,7 @@ MALFORMED: list[tuple[str, str, Any, dict[str, Any], str]] = [
     ("all too short", "x.jsonl", GOOD * 3, {"filter": {"min_chars": 9}},
      r"data\.train: no row of .*x\.jsonl is left of 3 \(3 fewer than min_chars\); loosen data\.filter"),
     ("all too few tokens", "x.jsonl", GOOD * 3, {"filter": {"min_tokens": 99}},
-     r"data\.train: no row is left of 3 \(3 too_short\), within data\.max_length=2048 tokens; raise data\.max_length"),
+     r"data\.train: no row is left of 3, with data\.max_length=2048 tokens \(3 too_short\); raise data\.max_length"),
     ("all bad", "x.jsonl", b"oops\n" * 3, {"on_bad_row": "skip"},
      r"x\.jsonl holds no row that can be read; the first: .*x\.jsonl:1 is not JSON"),
     ("template refuses", "x.jsonl", chat(USER, ANSWER, {"role": "tool", "content": "t"}), {"chat_template": "gemma"},

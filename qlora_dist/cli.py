@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -173,6 +174,9 @@ def main() -> None:
     except UserError as error:
         print(f"error: {redact(error.message)}", file=sys.stderr)
         sys.exit(2)
+    except Exception:  # what Python would print of it, without the secrets that a library's message may hold
+        sys.stderr.write(redact(traceback.format_exc()))
+        sys.exit(1)
 
 
 if __name__ == "__main__":

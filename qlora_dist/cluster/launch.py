@@ -9,6 +9,7 @@ from qlora_dist.cluster.output import logs_folder
 from qlora_dist.cluster.process import TRAIN
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import to_yaml
+from qlora_dist.config.redact import redact
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.rundir import open_run
 
@@ -32,10 +33,10 @@ def launch(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> int:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
     if outcome.traceback:
-        print(outcome.traceback, file=sys.stderr)
+        print(redact(outcome.traceback), file=sys.stderr)
     if outcome.message:
         failed = outcome.exit_code != 0
-        print(f"{'error: ' if failed else ''}{outcome.message}", file=sys.stderr if failed else sys.stdout)
+        print(f"{'error: ' if failed else ''}{redact(outcome.message)}", file=sys.stderr if failed else sys.stdout)
     if outcome.exit_code == 1:
         print(f"the workers' output is in {logs_folder(run_dir)}", file=sys.stderr)
     return outcome.exit_code

@@ -38,6 +38,8 @@ from qlora_dist.coordinate.state import Coordinator
 from qlora_dist.train.context import Worker
 
 KEY_VARIABLE = "QLORA_DIST_KEY"
+# The run folder's config.yaml has no secrets, so the workers get the configuration from the launcher.
+CONFIG_VARIABLE = "QLORA_DIST_CONFIG"
 LINGER_S = 10.0
 
 
@@ -59,6 +61,7 @@ def run_with_torchrun(config: RunConfig, run_dir: Path, train_name: str = TRAIN)
     try:
         settings = {
             KEY_VARIABLE: key,
+            CONFIG_VARIABLE: config.model_dump_json(),
             "OMP_NUM_THREADS": str(config.launch.cpus_per_worker),
             # Seconds between SIGTERM and SIGKILL; a stopped worker hears only the second.
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",

@@ -9,11 +9,11 @@ from pathlib import Path
 from qlora_dist.cluster.address_file import read_address
 from qlora_dist.cluster.output import rank_log, send_output_to
 from qlora_dist.cluster.process import choose_device, import_function
-from qlora_dist.cluster.torchrun import KEY_VARIABLE
+from qlora_dist.cluster.torchrun import CONFIG_VARIABLE, KEY_VARIABLE
 from qlora_dist.config.errors import UserError
-from qlora_dist.config.load import load_config
+from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.client import HttpClient
-from qlora_dist.coordinate.rundir import CONFIG_FILE, read_run
+from qlora_dist.coordinate.rundir import read_run
 from qlora_dist.train.context import Worker
 
 PR_SET_PDEATHSIG = 1
@@ -25,7 +25,7 @@ def main(run_dir: Path, attempt: int, train_name: str) -> int:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if rank != 0:
         send_output_to(rank_log(run_dir, attempt, rank))
-    config = load_config(run_dir / CONFIG_FILE)
+    config = RunConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
     url, token = read_address(run_dir, os.environ[KEY_VARIABLE], config.launch.start_timeout_s)
     client = HttpClient(url, token)
     try:

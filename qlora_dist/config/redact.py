@@ -33,6 +33,11 @@ def is_telling(name: str) -> bool:
     return bool(_TELLING.search(name)) and not _WHERE.search(name)
 
 
+def holds_credentials(url: str) -> bool:
+    """Whether a URL has user and password, or a token, before its host."""
+    return bool(_URL_USER.search(url))
+
+
 def environment_secrets(environ: Mapping[str, str] | None = None) -> list[str]:
     """The values of telling environment variables, longest first."""
     environ = os.environ if environ is None else environ

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from qlora_dist.config.redact import holds_credentials, redact
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -320,6 +322,12 @@ def contradictions(config: RunConfig) -> Iterator[str]:
             f"train.per_device_train_batch_size ({train.per_device_train_batch_size}) is more than "
             f"train.global_batch_size ({config.global_batch_size}); lower the first or raise the second"
         )
+    for field in ("train", "eval"):
+        if (source := getattr(data, field)) is not None and holds_credentials(source):
+            yield (
+                f"data.{field} holds credentials ({redact(source)}); take them out and set them in the environment, "
+                "such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
     if data.eval is not None and data.eval_split:
         yield "data.eval and data.eval_split are both set; remove one of them"
     if data.eval_split > 1 and data.eval_split != int(data.eval_split):

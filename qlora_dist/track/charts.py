@@ -3,6 +3,7 @@
 Colours are names of CSS variables, so that the page they stand in decides between light and dark.
 """
 
+import html
 import io
 import itertools
 import re
@@ -125,7 +126,7 @@ def _inline(svg: str, title: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{title}"', svg, count=1)
+    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{html.escape(title)}"', svg, count=1)
     for colour, variable in CSS.items():
         svg = svg.replace(colour, variable)
     return svg.replace("font: 8.5px 'sans-serif'", "font: 8.5px sans-serif")

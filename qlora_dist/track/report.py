@@ -172,7 +172,7 @@ def timeline(events: Records) -> list[tuple[str, str, str, str]]:
 
 def shorten(rows: list[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str]]:
     """Of more than three neighbouring rows of one label, the first and the last, and how many lie between."""
-    short = []
+    short: list[tuple[str, str, str, str]] = []
     for label, part in itertools.groupby(rows, key=lambda row: row[1]):
         group = list(part)
         between = ("", label, f"{len(group) - 2:,} more", "soft")

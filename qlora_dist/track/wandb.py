@@ -68,7 +68,8 @@ class WandbSink:
         self._run.finish(exit_code=0)
 
     def _init(self, mode: Literal["online", "offline"]) -> Any:
-        track = self._config.track
+        config = redact_tree(self._config.model_dump(mode="json"))
+        track = config["track"]
         settings = self._wandb.Settings(
             console="off", silent=True, init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S,
             # The command line may hold what the configuration is redacted of; the code is not ours to send.
@@ -78,10 +79,10 @@ class WandbSink:
         )  # fmt: skip
         logging.getLogger("wandb").setLevel(logging.ERROR)
         return self._wandb.init(
-            id=self._run_id, name=track.wandb_name or self._config.name, project=track.wandb_project,
-            entity=track.wandb_entity, group=track.wandb_group, tags=track.wandb_tags or None, dir=str(self._root),
-            mode=mode, resume="allow" if mode == "online" else None, settings=settings,
-            config=redact_tree(self._config.model_dump(mode="json")),
+            id=self._run_id, name=track["wandb_name"] or config["name"], project=track["wandb_project"],
+            entity=track["wandb_entity"], group=track["wandb_group"], tags=track["wandb_tags"] or None,
+            config=config, dir=str(self._root), mode=mode, resume="allow" if mode == "online" else None,
+            settings=settings,
         )  # fmt: skip
 
 

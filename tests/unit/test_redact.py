@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.config.load import from_yaml, load_config, to_yaml
+from qlora_dist.config.errors import UserError
+from qlora_dist.config.load import from_yaml, load_config, to_yaml, validate
 from qlora_dist.config.redact import is_telling, redact, redact_tree
 from qlora_dist.config.schema import RunConfig
 
@@ -62,9 +63,12 @@ def test_redacting_twice_changes_nothing_more(tree: dict[str, str]) -> None:
 
 
 def test_a_dumped_configuration_holds_no_credentials(tmp_path: Path) -> None:
-    config = RunConfig.model_validate({"model": {"name": "m"}, "data": {"train": "s3://key:planted@bucket/a.jsonl"}})
+    values = {"model": {"name": "m"}, "data": {"train": "a"}, "track": {"wandb_group": "s3://key:planted@bucket"}}
+    config = RunConfig.model_validate(values)
     assert "planted" not in to_yaml(config)
-    assert from_yaml(to_yaml(config)).data.train == "s3://***@bucket/a.jsonl"
+    assert from_yaml(to_yaml(config)).track.wandb_group == "s3://***@bucket"
+    with pytest.raises(UserError, match=r"data\.train holds credentials \(s3://\*\*\*@bucket/a\.jsonl\)"):
+        validate({"model": {"name": "m"}, "data": {"train": "s3://key:planted@bucket/a.jsonl"}})
     plain = RunConfig.model_validate({"model": {"name": "m"}, "data": {"train": "s3://bucket/a.jsonl"}})
     assert from_yaml(to_yaml(plain)) == plain
     path = tmp_path / "x.yaml"

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import nn
 
 from qlora_dist.config.errors import UserError
@@ -33,7 +32,8 @@ def check_document_boundaries(model: nn.Module, flat: bool, compute_dtype: torch
     Raises:
         UserError: the model takes no position ids, or one document reaches into the next.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    adapted: Any = model
+    base: Any = adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted
     name = type(base).__name__
     mend = "set data.packing=false"
     if "position_ids" not in inspect.signature(base.forward).parameters:

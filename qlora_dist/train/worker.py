@@ -138,6 +138,8 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
             note("notice", f"the checkpoint was made in another precision; loss scaling starts anew for {dtype}")
         note("resumed", f"resumed from {resume_from}", step=progress.step, checkpoint=str(resume_from))
 
+    if lead:
+        refuse_if_fenced(heartbeat)
     loop = Loop(
         config=config, rank=worker.rank, world_size=worker.world_size, device=worker.device, model=model,
         strategy=strategy, schedule=build_schedule(config.train, total_steps), compute_dtype=dtype,
@@ -275,7 +277,7 @@ def finish(loop: Loop, worker: Worker, tokenizer: Any, generation: int) -> None:
         save_adapter(model, worker.run_dir / "adapter")
         assert loop.metrics is not None
         loop.metrics.close(worker.run_dir / "adapter")
-        worker.client.call(
+        answer = worker.client.call(
             "finish", generation=generation, step=progress.step,
             summary={
                 "adapter": str(worker.run_dir / "adapter"),
@@ -286,6 +288,8 @@ def finish(loop: Loop, worker: Worker, tokenizer: Any, generation: int) -> None:
                 "stopped_early": loop.stopped_early(),
             },
         )  # fmt: skip
+        if not answer["recorded"]:
+            raise Fenced(f"attempt {generation} is over: another one has taken its place")
 
 
 def refuse_if_fenced(heartbeat: Heartbeat) -> None:

@@ -59,7 +59,7 @@ def test_killed_and_stopped_workers_are_named_and_replaced(tmp_path, capsys):
 def test_what_a_person_must_mend_ends_the_run_at_once(tmp_path, capsys):
     assert run("mistake", tmp_path) == 2
     ended = time.time()
-    assert capsys.readouterr().err.strip() == "data.train is empty; add rows"
+    assert capsys.readouterr().err.strip() == "error: data.train is empty; add rows"
     assert len(started(tmp_path)) == 2  # one group, never another
     assert ended - read_status(tmp_path)["time"] < 15
 

@@ -34,7 +34,7 @@ def test_what_a_person_must_mend_ends_torchrun_at_once(tmp_path):
     process = start_toy("mistake", tmp_path, "backend=torchrun")
     _, err = process.communicate(timeout=200)
     assert process.returncode == 2
-    assert "data.train is empty; add rows" in err.splitlines()
+    assert "error: data.train is empty; add rows" in err.splitlines()
     assert len(started(tmp_path)) == 2
 
 

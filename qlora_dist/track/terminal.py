@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from qlora_dist.track.metrics import FILE as METRICS_FILE
@@ -20,6 +20,8 @@ from qlora_dist.track.metrics import read_metrics
 
 POLL_S = 0.5
 PLAIN_LINES_EVERY_S = 10.0
+# Columns from which a progress bar has room for everything.
+WIDE = 110
 
 
 class Tail:
@@ -59,8 +61,12 @@ class View:
         self.seen_step = -1
         self.printed_step = -1
         self.bar = Progress(
-            TextColumn("  step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[line]}"),
-            TimeRemainingColumn(compact=True), console=console, transient=True,
+            TextColumn("   train  step", style="dim"),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=9)),
+            BarColumn(bar_width=24 if console.width >= WIDE else 8),
+            TextColumn("{task.fields[line]}", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
+            console=console, transient=True,
             redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
         self.task: TaskID | None = None
@@ -139,10 +145,10 @@ class View:
         """The progress of training."""
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
         memory = self.memory()
-        line = (
-            f"loss {loss}  {record['tokens_per_second']:,.0f} tokens/s  {record['seconds_per_step']:.2f} s/step"
-            f"  lr {record['learning_rate']:.2e}{f'  {memory}' if memory else ''}"
-        )
+        line = f"loss {loss}  {record['tokens_per_second']:,.0f} tokens/s"
+        if not self.console.is_terminal or self.console.width >= WIDE:
+            line += f"  {record['seconds_per_step']:.2f} s/step  lr {record['learning_rate']:.2e}"
+            line += f"  {memory}" if memory else ""
         step = record["step"]
         if self.console.is_terminal:
             if self.task is None:
@@ -169,8 +175,8 @@ class View:
 
     def line(self, label: str, text: str, style: str = "") -> None:
         """Print one line."""
-        self.console.print(f"[dim]{label:>8}[/dim]  ", end="", highlight=False)
-        self.console.print(text, style=style or None, highlight=False, markup=False, soft_wrap=True)
+        # In one piece: a progress bar would be drawn between two.
+        self.console.print(Text.assemble((f"{label:>8}  ", "dim"), (text, style)), soft_wrap=True)
 
 
 def data_table(splits: list[dict[str, Any]]) -> Table:

@@ -1,7 +1,9 @@
 """What a worker process runs, and on which device, where the launcher does not decide it."""
 
+import contextlib
 import importlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,3 +39,18 @@ def choose_device(config: RunConfig, local_rank: int) -> torch.device:
             f"{count}; start fewer workers here or set launch.device=cpu"
         )
     return torch.device("cuda", local_rank)
+
+
+@contextlib.contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """These environment variables inside the block, what was there before after it."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ |= values
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -23,7 +23,7 @@ from qlora_dist.cluster.actor import NAMESPACE, start_coordinator
 from qlora_dist.cluster.group_watch import ATTEMPT_VARIABLE, GroupWatch, RunStopped, WorkersConnect
 from qlora_dist.cluster.outcome import Outcome, read_outcome
 from qlora_dist.cluster.output import Follower, logs_folder, next_attempt, rank_log, send_output_to
-from qlora_dist.cluster.process import TRAIN, import_function
+from qlora_dist.cluster.process import TRAIN, environment, import_function
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.rundir import read_run
@@ -129,8 +129,7 @@ def _fit(trainer: TorchTrainer, follower: Follower, ray_log: Path) -> Exception 
     return errors[0] if errors else None
 
 
-@contextlib.contextmanager
-def _ray_settings(config: RunConfig) -> Iterator[None]:
+def _ray_settings(config: RunConfig) -> contextlib.AbstractContextManager[None]:
     """Ray Train's waiting times and habits, which it reads from the driver's environment."""
     launch = config.launch
     ours = {
@@ -146,16 +145,7 @@ def _ray_settings(config: RunConfig) -> Iterator[None]:
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
     }
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ |= ours
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    return environment(ours)
 
 
 @contextlib.contextmanager

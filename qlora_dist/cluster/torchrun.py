@@ -27,7 +27,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from qlora_dist.cluster.address_file import read_address, write_address
 from qlora_dist.cluster.outcome import Outcome, read_outcome
 from qlora_dist.cluster.output import next_attempt, rank_log
-from qlora_dist.cluster.process import TRAIN, choose_device, import_function
+from qlora_dist.cluster.process import TRAIN, choose_device, environment, import_function
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import to_yaml
 from qlora_dist.config.schema import RunConfig
@@ -66,7 +66,7 @@ def run_with_torchrun(config: RunConfig, run_dir: Path, train_name: str = TRAIN)
             # Seconds between SIGTERM and SIGKILL; a stopped worker hears only the second.
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",
         }
-        with _environment(settings):
+        with environment(settings):
             while True:
                 reason = _run_attempt(config, run_dir, client, train_name)
                 if reason is None:
@@ -202,17 +202,3 @@ def _host_coordinator(
         while store.add("left", 0) < world_size - 1 and time.monotonic() < deadline:
             time.sleep(0.05)
         service.stop()
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ |= values
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

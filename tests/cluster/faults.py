@@ -47,10 +47,19 @@ def signal_at(run_dir: Path, step: int, rank: int, number: signal.Signals) -> th
 
 
 def start_toy(toy: str, run_dir: Path, *fields: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """Start `run_toy` as a person would, in a session of its own."""
+    """Start `run_toy` as a person would, in a session of its own, and with a Ctrl-C that works.
+
+    A shell starts what it puts into the background with SIGINT ignored, and that is inherited.
+    """
     command = [sys.executable, *before, "-m", "tests.cluster.run_toy", toy, str(run_dir), *fields]
     return subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -178,6 +178,8 @@ def average_instead_of_sum(rank: int) -> None:
 
 @pytest.mark.parametrize("sabotage", [leave_out_the_all_reduce, average_instead_of_sum])
 def test_the_comparison_sees_a_missing_all_reduce_and_a_wrong_scale(runs, references, sabotage) -> None:
-    found = runs(2, sabotage, steps=2)
+    found = runs(2, sabotage, steps=4)
     for optim in OPTIMS:
-        assert worst_difference(found[optim, "grad_norm"], references[optim][1][:2]) > 1e-2
+        # The schedule of four steps takes another course after the second.
+        first_two = {step: found[optim, "grad_norm"][step] for step in (1, 2)}
+        assert worst_difference(first_two, references[optim][1][:2]) > 1e-2

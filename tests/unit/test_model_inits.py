@@ -1,6 +1,5 @@
 """PiSSA and LoftQ against their definitions in float64, and through stock PEFT."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,6 @@ INITS: dict[str, dict[str, Any]] = {
     "loftq": {"init_lora_weights": "loftq"},
     "loftq 4": {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 4}},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    # Threads cost more than they bring on 64 x 64 matrices.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def settings(tiny_model: Path, cache: Path, kind: str, **adapter: Any) -> tuple[ModelConfig, AdapterConfig]:

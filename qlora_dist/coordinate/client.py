@@ -148,25 +148,6 @@ def join_and_wait(
         time.sleep(0.1)
 
 
-def heartbeat(
-    client: CoordinatorClient,
-    generation: int,
-    rank: int,
-    step: int | None,
-    phase: str,
-    seconds_in_phase: float,
-    **metrics: Any,
-) -> dict[str, Any]:
-    """Send a heartbeat; {"current", "stop", "generation"} as in `Coordinator.heartbeat`."""
-    fields = {"step": step, "phase": phase, "seconds_in_phase": seconds_in_phase, **metrics}
-    return client.call("heartbeat", generation=generation, rank=rank, **fields)
-
-
-def who_is_missing(client: CoordinatorClient, generation: int, timeout_s: float) -> list[dict[str, Any]]:
-    """Whom this rank waits for, as in `Coordinator.who_is_missing`; `heard.describe` makes a sentence of it."""
-    return list(client.call("who_is_missing", generation=generation, timeout_s=timeout_s)["missing"])
-
-
 def commit(
     client: CoordinatorClient,
     generation: int,

@@ -125,8 +125,9 @@ class Loop:
             )
             for part in mine
         ]
+        bear_loss = loss_tokens(self.train_table, packs)
         share = accumulate_gradients(
-            self.model, self.strategy, batches, loss_tokens(self.train_table, packs), progress.loss_scale.scale,
+            self.model, self.strategy, batches, bear_loss, progress.loss_scale.scale,
             self.compute_dtype,
         )  # fmt: skip
         self.heartbeat.at(progress.step + 1, "collective")
@@ -144,7 +145,7 @@ class Loop:
         self.strategy.step(skip)
         progress.step += 1
         progress.position = following
-        counts = num_tokens(self.train_table, packs), loss_tokens(self.train_table, packs)
+        counts = num_tokens(self.train_table, packs), bear_loss
         self.unlogged.append((progress.step, share, norm, learning_rate, *counts))
         self.count_bad_step(skip)
 

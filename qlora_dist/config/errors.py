@@ -1,5 +1,7 @@
 """Errors that a person can mend: one sentence that names the field or file, and what to do about it."""
 
+from qlora_dist.config.catalogue import CATALOGUE, told
+
 
 class UserError(Exception):
     """A mistake in what the person gave us (config, data, credentials, memory, a missing file).
@@ -8,9 +10,11 @@ class UserError(Exception):
     launcher instead of raising it, so that nothing retries what cannot succeed.
 
     Args:
-        message: one plain sentence naming the field, file or line, and the mend.
+        code: the error's code in the catalogue.
+        facts: what the catalogue's texts leave open.
     """
 
-    def __init__(self, message: str):
-        super().__init__(message)
-        self.message = message
+    def __init__(self, code: str, **facts: object):
+        self.code = code
+        self.message = told(code, **facts) if code in CATALOGUE or facts else code
+        super().__init__(self.message)

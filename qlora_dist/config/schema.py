@@ -15,6 +15,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 ScheduleName = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
+StrategyName = Literal["none", "ddp", "fsdp", "hybrid", "zero2", "zero3"]
 OptimName = Literal[
     "paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_lion_8bit", "lion_8bit", "adamw_torch", "sgd"
 ]
@@ -215,7 +216,24 @@ class CheckpointConfig(Section):
 class ShardConfig(Section):
     """How training state is spread over workers."""
 
-    strategy: Literal["auto", "none", "ddp"] = Field("auto", description="`auto`: none for one worker, else ddp.")
+    strategy: Literal["auto", "none", "ddp", "fsdp", "hybrid", "zero2", "zero3"] = Field(
+        "auto", description="`auto`: none for one worker, else ddp."
+    )
+    frozen: Literal["auto", "shard", "replicate"] = Field(
+        "auto", description="The frozen base under fsdp and hybrid: `replicate` where it fits is faster."
+    )
+    reshard_after_forward: bool = Field(
+        True, description="fsdp, hybrid: free a layer's gathered weights after its forward and gather them once more."
+    )
+    prefetch_layers: NonNegativeInt = Field(
+        1, description="fsdp, hybrid: gather so many layers ahead of the one that computes."
+    )
+    offload: list[Literal["optimizer", "shards", "activations"]] = Field(
+        default_factory=list, description="What lives in pinned host memory and visits the GPU when needed."
+    )
+    deepspeed_config: Path | None = Field(
+        None, description="zero2, zero3: a DeepSpeed JSON file whose settings are merged into ours."
+    )
 
 
 class LaunchConfig(Section):
@@ -289,7 +307,7 @@ class RunConfig(Section):
         return train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * self.launch.num_workers
 
     @property
-    def strategy(self) -> Literal["none", "ddp"]:
+    def strategy(self) -> StrategyName:
         """The strategy that `shard.strategy: auto` stands for."""
         if self.shard.strategy != "auto":
             return self.shard.strategy

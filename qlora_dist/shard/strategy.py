@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from qlora_dist.config.schema import StrategyName
 
 OptimizerFactory = Callable[[dict[str, nn.Parameter]], Optimizer]
 
@@ -55,7 +57,7 @@ class Strategy(Protocol):
         """Take `state` up, whatever strategy and world size it was saved under."""
 
 
-def make_strategy(name: Literal["none", "ddp"]) -> Strategy:
+def make_strategy(name: StrategyName) -> Strategy:
     """The strategy of that name; ddp needs an initialised process group."""
     from qlora_dist.shard.ddp import DataParallel
     from qlora_dist.shard.none import Unsharded

@@ -10,7 +10,7 @@ AREAS: dict[str, dict[str, Mendable]] = {
 CATALOGUE: dict[str, Mendable] = {code: entry for area in AREAS.values() for code, entry in area.items()}
 
 
-def told(code: str, **facts: object) -> str:
+def told(code: str, /, **facts: object) -> str:
     """The sentence of the error `code`, with its mend.
 
     Raises:

@@ -1,5 +1,6 @@
 """What a catalogued error is made of."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from string import Formatter
 
@@ -26,4 +27,21 @@ class Mendable:
         Raises:
             KeyError: a fact is missing.
         """
-        return f"{self.sentence.format(**facts)}; {self.mend.format(**facts)}"
+        plain = plain_facts(facts)
+        return f"{self.sentence.format(**plain)}; {self.mend.format(**plain)}"
+
+
+def plain_facts(facts: dict[str, object]) -> dict[str, str | int | float]:
+    """Facts as numbers and one-line texts, which JSON holds; an exception is what it says, without its full stop."""
+    return dict(_plain(facts))
+
+
+def _plain(facts: dict[str, object]) -> Iterator[tuple[str, str | int | float]]:
+    for name, value in facts.items():
+        if isinstance(value, int | float):
+            yield name, value
+        else:
+            text = " ".join(line.strip() for line in str(value).splitlines())
+            if isinstance(value, BaseException):
+                text = text.rstrip(". ") or type(value).__name__
+            yield name, text

@@ -1,0 +1,71 @@
+"""The YAML file, the overrides, and the settings one by one. What does not go together is in `contradictions`."""
+
+from qlora_dist.config.catalogue.entry import Mendable
+
+CONFIGURATION: dict[str, Mendable] = {
+    "config-missing": Mendable(
+        "{path}: there is no such file",
+        "give the path of a YAML file",
+    ),
+    "config-misspelt": Mendable(
+        "{path}: there is no such file",
+        "did you mean {nearest}?",
+    ),
+    "config-is-folder": Mendable(
+        "{path} is a folder",
+        "give the path of a YAML file in it",
+    ),
+    "config-unreadable": Mendable(
+        "{path} cannot be read ({error})",
+        "make it a UTF-8 text file that you may read",
+    ),
+    "config-not-yaml": Mendable(
+        "{where}: {problem}",
+        "mend the YAML there, and quote a text that YAML takes for something else",
+    ),
+    "config-key-twice": Mendable(
+        "{where}: the key {key!r} is written twice",
+        "remove one",
+    ),
+    "config-empty": Mendable(
+        "{path} holds no settings",
+        "write a mapping such as 'model: {{name: ...}}'",
+    ),
+    "override-form": Mendable(
+        "{override!r} is no override",
+        "write section.field=value, such as train.max_steps=50",
+    ),
+    "override-value": Mendable(
+        "{override!r}: the value is not valid YAML ({problem})",
+        "quote it",
+    ),
+    "override-into-value": Mendable(
+        "{override!r}: {setting} is a value, not a section",
+        "name a field of a section, or set {setting} itself",
+    ),
+    "setting-misspelt": Mendable(
+        "{setting} is not a setting ({where})",
+        "did you mean {nearest}?",
+    ),
+    "setting-unknown": Mendable(
+        "{setting} is not a setting ({where})",
+        "the settings there are {settings}",
+    ),
+    "setting-missing": Mendable(
+        "{setting} is missing ({where})",
+        "add it",
+    ),
+    "setting-is-section": Mendable(
+        "{setting} is a section ({where})",
+        "write its fields below it, each on a line of its own",
+    ),
+    "setting-value": Mendable(
+        "{setting} is {given} ({where})",
+        "it must be {demand}",
+    ),
+    "cache-not-writable": Mendable(
+        "{folder} cannot be written ({error})",
+        "choose another folder (QLORA_DIST_CACHE for converted models and tokens, data.cache_dir for tokens alone, "
+        "model.cache_quantized for the quantised base)",
+    ),
+}

@@ -1,0 +1,96 @@
+"""Settings that are right one by one and do not go together."""
+
+from qlora_dist.config.catalogue.entry import Mendable
+
+CONTRADICTIONS: dict[str, Mendable] = {
+    "steps-and-epochs": Mendable(
+        "train.max_steps and train.num_train_epochs are both set",
+        "remove one of them",
+    ),
+    "warmup-twice": Mendable(
+        "train.warmup_steps and train.warmup_ratio are both set",
+        "remove one of them",
+    ),
+    "warmup-too-long": Mendable(
+        "train.warmup_steps ({warmup_steps}) is more than train.max_steps ({max_steps}), so the learning rate would "
+        "never reach its peak",
+        "lower train.warmup_steps",
+    ),
+    "global-batch-factors": Mendable(
+        "train.global_batch_size is {global_batch_size}, but train.per_device_train_batch_size x "
+        "train.gradient_accumulation_steps x launch.num_workers is {product}",
+        "remove train.gradient_accumulation_steps, which follows from the other two",
+    ),
+    "micro-batch-over-global": Mendable(
+        "train.per_device_train_batch_size ({per_device}) is more than train.global_batch_size ({global_batch_size})",
+        "lower the first or raise the second",
+    ),
+    "source-with-credentials": Mendable(
+        "data.{field} holds credentials ({source})",
+        "take them out and set them in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    ),
+    "held-out-twice": Mendable(
+        "data.eval and data.eval_split are both set",
+        "remove one of them",
+    ),
+    "held-out-share": Mendable(
+        "data.eval_split is {eval_split}",
+        "give a share below 1 or a whole number of rows",
+    ),
+    "filter-passes-nothing": Mendable(
+        "data.filter.min_{unit} ({low}) is more than data.filter.max_{unit} ({high}), so no row could pass",
+        "lower the first or raise the second",
+    ),
+    "nothing-held-out": Mendable(
+        "eval.{field} is set but there are no held-out rows",
+        "set data.eval or data.eval_split, or remove eval.{field}",
+    ),
+    "no-evaluations": Mendable(
+        "eval.{field} needs evaluations during training",
+        "set eval.eval_steps",
+    ),
+    "best-not-kept": Mendable(
+        "eval.load_best_model_at_end needs the best checkpoint",
+        "set checkpoint.keep_best to 1 or more",
+    ),
+    "samples-without-answers": Mendable(
+        "eval.sample_prompts needs answers to begin somewhere",
+        "set data.assistant_only_loss to true, or eval.sample_prompts to 0",
+    ),
+    "adapter-shape-ignored": Mendable(
+        "adapter.path brings its own shape, so adapter.{field} would be ignored",
+        "remove one of them",
+    ),
+    "loftq-not-chosen": Mendable(
+        "adapter.loftq_config is set but adapter.init_lora_weights is not loftq",
+        "set adapter.init_lora_weights to loftq or remove adapter.loftq_config",
+    ),
+    "layers-pattern-alone": Mendable(
+        "adapter.layers_pattern is set without adapter.layers_to_transform",
+        "set that too or remove adapter.layers_pattern",
+    ),
+    "changed-base-not-kept": Mendable(
+        "adapter.init_lora_weights={init} changes the quantised base, which has to be kept for the adapter to be of use",
+        "set model.cache_quantized to a folder and model.quantization to nf4 or fp4",
+    ),
+    "dora-with-changed-base": Mendable(
+        "adapter.use_dora does not go with adapter.init_lora_weights={init}",
+        "remove one of them",
+    ),
+    "run-folder-is-url": Mendable(
+        "output_dir is {output_dir}, but a run folder is on a filesystem that all nodes mount",
+        "name a folder there",
+    ),
+    "strategy-for-one-worker": Mendable(
+        "shard.strategy is none but launch.num_workers is {workers}",
+        "set shard.strategy to ddp or auto, or launch.num_workers to 1",
+    ),
+    "backend-for-one-worker": Mendable(
+        "launch.backend is none but launch.num_workers is {workers}",
+        "set launch.backend to ray or torchrun, or launch.num_workers to 1",
+    ),
+    "address-without-ray": Mendable(
+        "launch.address is for Ray but launch.backend is {backend}",
+        "remove one of them",
+    ),
+}

@@ -1,0 +1,62 @@
+"""Starting the workers, and how they reach each other and the coordinator."""
+
+from qlora_dist.config.catalogue.entry import Mendable
+
+LAUNCHING: dict[str, Mendable] = {
+    "torchrun-around-ray": Mendable(
+        "this process is one of torchrun's workers (RANK and WORLD_SIZE are set), but launch.backend is ray",
+        "set launch.backend=torchrun, or start the command without torchrun",
+    ),
+    "world-size-differs": Mendable(
+        "launch.num_workers is {num_workers}, but WORLD_SIZE is {world_size}",
+        "remove launch.num_workers, or start as many workers as it says",
+    ),
+    "one-process-many-workers": Mendable(
+        "launch.backend=none is one process, but launch.num_workers={num_workers}",
+        "set it to 1, or launch.backend to ray or torchrun",
+    ),
+    "too-few-gpus": Mendable(
+        "launch.device={device} needs a GPU for each worker of this machine, but local rank {local_rank} finds {found}",
+        "start fewer workers here or set launch.device=cpu",
+    ),
+    "ray-address-form": Mendable(
+        "launch.address={address} is not of the form HOST:PORT",
+        "give the address that `ray start --head` printed, or submit the command to the cluster with `ray job submit`",
+    ),
+    "ray-not-there": Mendable(
+        "no Ray cluster answers at launch.address={address} ({error})",
+        "start one there with `ray start --head`, or leave launch.address out for a local one",
+    ),
+    "ray-not-joined": Mendable(
+        "launch.address={address} is no Ray cluster that can be joined ({error})",
+        "give the address of a cluster of this Ray version, or leave launch.address out for a local one",
+    ),
+    "cluster-too-small": Mendable(
+        "launch.num_workers={workers} needs {needed}, and the Ray cluster has {found} on {nodes} node(s), room for "
+        "{room} worker(s)",
+        "lower launch.num_workers or launch.cpus_per_worker, or join a larger cluster with launch.address",
+    ),
+    "cluster-short-of-gpus": Mendable(
+        "launch.num_workers={workers} needs {needed}, and the Ray cluster has {found} on {nodes} node(s), room for "
+        "{room} worker(s)",
+        "set launch.device=cpu, or lower launch.num_workers or launch.cpus_per_worker, or join a larger cluster with "
+        "launch.address",
+    ),
+    "cluster-busy": Mendable(
+        "the {workers} workers did not get their CPUs and GPUs within launch.start_timeout_s, since others on the Ray "
+        "cluster hold them",
+        "wait, lower launch.num_workers, or raise launch.start_timeout_s",
+    ),
+    "run-already-running": Mendable(
+        "the run in {run_dir} is already running on this Ray cluster",
+        "wait for it, stop that job, or choose another output_dir",
+    ),
+    "coordinator-address-form": Mendable(
+        "the coordinator's address {url!r} is not of the form http://HOST:PORT",
+        "give the address that the coordinator printed when it started",
+    ),
+    "coordinator-token": Mendable(
+        "the coordinator at {url} refuses the token",
+        "give the one that it was started with",
+    ),
+}

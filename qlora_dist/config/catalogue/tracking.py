@@ -1,0 +1,18 @@
+"""Looking at runs: status, lists, comparisons, reports."""
+
+from qlora_dist.config.catalogue.entry import Mendable
+
+TRACKING: dict[str, Mendable] = {
+    "no-run": Mendable(
+        "there is no run in {folder}",
+        "give the output_dir of a run",
+    ),
+    "no-runs": Mendable(
+        "there is no run in {folder}",
+        "give the folder that holds your run folders (runs by default)",
+    ),
+    "report-not-writable": Mendable(
+        "the report cannot be written ({error})",
+        "give another place with -o",
+    ),
+}

@@ -1,0 +1,24 @@
+"""What shows only once the model is there and trains."""
+
+from qlora_dist.config.catalogue.entry import Mendable
+
+TRAINING: dict[str, Mendable] = {
+    "out-of-memory": Mendable(
+        "rank {rank} ran out of memory on {device} ({error})",
+        "lower train.per_device_train_batch_size ({train_batch}), eval.per_device_eval_batch_size ({eval_batch}) or "
+        "data.max_length ({max_length}), or set train.gradient_checkpointing=true: the global batch need not change",
+    ),
+    "loss-not-finite": Mendable(
+        "the loss or its gradient was not finite in {bad_steps} steps in a row, up to step {step} "
+        "(train.max_bad_steps); the last checkpoint is from before them",
+        "lower train.learning_rate or look at the data of these steps, then run the same command again",
+    ),
+    "packing-without-positions": Mendable(
+        "data.packing: {model} takes no position ids, by which documents are kept apart",
+        "set data.packing=false",
+    ),
+    "packing-leaks": Mendable(
+        "data.packing: {model} lets the documents of a pack see each other",
+        "set data.packing=false",
+    ),
+}

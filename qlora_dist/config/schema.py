@@ -222,6 +222,9 @@ class ShardConfig(Section):
     frozen: Literal["auto", "shard", "replicate"] = Field(
         "auto", description="The frozen base under fsdp and hybrid: `replicate` where it fits is faster."
     )
+    hybrid_shard_size: PositiveInt | None = Field(
+        None, description="hybrid: workers that hold one copy together; those of a node where unset."
+    )
     reshard_after_forward: bool = Field(
         True, description="fsdp, hybrid: free a layer's gathered weights after its forward and gather them once more."
     )

@@ -1,6 +1,6 @@
 """Optimizers by transformers' names, over named parameters; their state by parameter name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -80,6 +80,46 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
         group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
 
 
+def init_optimizer_state(optimizer: Any, parameters: dict[str, nn.Parameter], in_8bit: Mapping[str, bool]) -> None:
+    """Make bitsandbytes' state now, with 8-bit state for those parameters that `in_8bit` says, whatever their size.
+
+    bitsandbytes decides by a parameter's own size, so that a piece of a large weight would get another format than the
+    weight. Optimizers of torch make their state at the first step, and are left alone.
+    """
+    if not hasattr(optimizer, "init_state"):
+        return
+    for name, parameter, place in _in_groups(optimizer, parameters):
+        _init_state(optimizer, parameter, place, in_8bit[name])
+
+
+def zero_code(optimizer: Any, key: str) -> int:
+    """The byte that stands for 0 in bitsandbytes' 8-bit state `key` (state1 is signed, state2 is not)."""
+    name = "dynamic" if key == "state1" else "udynamic"
+    if name not in optimizer.name2qmap:
+        optimizer.fill_qmap()
+    return int((optimizer.name2qmap[name] == 0).nonzero()[0])
+
+
+def _init_state(optimizer: Any, parameter: nn.Parameter, place: tuple[int, int], in_8bit: bool | None) -> None:
+    usual = optimizer.args.min_8bit_size
+    if in_8bit is not None:
+        optimizer.args.min_8bit_size = 0 if in_8bit else parameter.numel() + 1
+    optimizer.init_state(optimizer.param_groups[place[0]], parameter, *place)
+    optimizer.args.min_8bit_size = usual
+
+
+def _in_groups(
+    optimizer: Optimizer, parameters: dict[str, nn.Parameter]
+) -> Iterator[tuple[str, nn.Parameter, tuple[int, int]]]:
+    places = {
+        id(parameter): (g, p)
+        for g, group in enumerate(optimizer.param_groups)
+        for p, parameter in enumerate(group["params"])
+    }
+    for name, parameter in parameters.items():
+        yield name, parameter, places[id(parameter)]
+
+
 def optimizer_state(
     optimizer: Optimizer, parameters: dict[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -95,9 +135,16 @@ def optimizer_state(
 
 
 def load_optimizer_state(
-    optimizer: Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], numbers: dict[str, float]
+    optimizer: Optimizer,
+    parameters: dict[str, nn.Parameter],
+    tensors: dict[str, Tensor],
+    numbers: dict[str, float],
+    in_8bit: Mapping[str, bool] | None = None,
 ) -> None:
     """Put back what `optimizer_state` gave, bit for bit, paged buffers included.
+
+    Args:
+        in_8bit: as for `init_optimizer_state`; a parameter's size decides where it is not given.
 
     Raises:
         UserError: the state is another optimizer's or another adapter's.
@@ -111,16 +158,12 @@ def load_optimizer_state(
                 "resume with the adapter settings of the checkpoint"
             )
         stored[name][key] = value
-    places = {
-        id(parameter): (g, p)
-        for g, group in enumerate(optimizer.param_groups)
-        for p, parameter in enumerate(group["params"])
-    }
-    for name, parameter in parameters.items():
+    for name, parameter, place in _in_groups(optimizer, parameters):
         if not stored[name]:
             continue
         if hasattr(optimizer, "init_state"):
-            _load_into_bitsandbytes(optimizer, name, parameter, places[id(parameter)], stored[name])
+            bits = None if in_8bit is None else in_8bit[name]
+            _load_into_bitsandbytes(optimizer, name, parameter, place, stored[name], bits)
         else:
             if "state1" in stored[name]:
                 raise _other_optimizer(name)
@@ -131,9 +174,14 @@ def load_optimizer_state(
 
 
 def _load_into_bitsandbytes(
-    optimizer: Any, name: str, parameter: nn.Parameter, place: tuple[int, int], stored: dict[str, Any]
+    optimizer: Any,
+    name: str,
+    parameter: nn.Parameter,
+    place: tuple[int, int],
+    stored: dict[str, Any],
+    in_8bit: bool | None,
 ) -> None:
-    optimizer.init_state(optimizer.param_groups[place[0]], parameter, *place)
+    _init_state(optimizer, parameter, place, in_8bit)
     state = optimizer.state[parameter]
     if stored.keys() != state.keys() - CONSTANT_KEYS:
         raise _other_optimizer(name)

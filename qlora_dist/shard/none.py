@@ -13,6 +13,7 @@ class Unsharded:
     """Plain backward, clip and step."""
 
     optimizer: Optimizer
+    collective_forward = False
 
     def apply(self, model: nn.Module, make_optimizer: OptimizerFactory) -> nn.Module:
         """See `Strategy.apply`."""
@@ -36,13 +37,21 @@ class Unsharded:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def full_adapter(self) -> dict[str, Tensor]:
+        """See `Strategy.full_adapter`."""
+        return adapter_state(self.model)
+
+    def load_adapter(self, adapter: dict[str, Tensor]) -> None:
+        """See `Strategy.load_adapter`."""
+        load_adapter_state(self.model, adapter)
+
     def full_state(self) -> FullState:
         """See `Strategy.full_state`."""
-        return FullState(adapter_state(self.model), *optimizer_state(self.optimizer, self.parameters))
+        return FullState(self.full_adapter(), *optimizer_state(self.optimizer, self.parameters))
 
     def load_full_state(self, state: FullState) -> None:
         """See `Strategy.load_full_state`."""
-        load_adapter_state(self.model, state.adapter)
+        self.load_adapter(state.adapter)
         load_optimizer_state(self.optimizer, self.parameters, state.optimizer, state.optimizer_scalars)
 
 

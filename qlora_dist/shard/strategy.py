@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qlora_dist.config.schema import StrategyName
+from qlora_dist.config.schema import RunConfig
 
 OptimizerFactory = Callable[[dict[str, nn.Parameter]], Optimizer]
 
@@ -30,6 +30,8 @@ class Strategy(Protocol):
     """How one worker's backward passes become one step of all workers. The loop is the same over all of them."""
 
     optimizer: Optimizer
+    # Whether a forward takes all ranks together, so that each must run as many as the others, evaluation included.
+    collective_forward: bool
 
     def apply(self, model: nn.Module, make_optimizer: OptimizerFactory) -> nn.Module:
         """Spread `model` as the strategy does, build its optimizer, and return the module to call."""
@@ -50,6 +52,12 @@ class Strategy(Protocol):
     def step(self, skip: bool) -> None:
         """Take the optimizer step, or leave it out, and clear the gradients."""
 
+    def full_adapter(self) -> dict[str, Tensor]:
+        """The whole adapter on the CPU, by PEFT's names, the same on every rank. All ranks call it together."""
+
+    def load_adapter(self, adapter: dict[str, Tensor]) -> None:
+        """Take up an adapter as `full_adapter` gives it."""
+
     def full_state(self) -> FullState:
         """The unsharded state, the same on every rank. All ranks call it together."""
 
@@ -57,9 +65,26 @@ class Strategy(Protocol):
         """Take `state` up, whatever strategy and world size it was saved under."""
 
 
-def make_strategy(name: StrategyName) -> Strategy:
-    """The strategy of that name; ddp needs an initialised process group."""
-    from qlora_dist.shard.ddp import DataParallel
-    from qlora_dist.shard.none import Unsharded
+def make_strategy(config: RunConfig, world_size: int, local_world_size: int) -> Strategy:
+    """The strategy that `config` names; all but none need an initialised process group."""
+    shard = config.shard
+    match config.strategy:
+        case "none":
+            from qlora_dist.shard.none import Unsharded
 
-    return {"none": Unsharded, "ddp": DataParallel}[name]()
+            return Unsharded()
+        case "ddp":
+            from qlora_dist.shard.ddp import DataParallel
+
+            return DataParallel()
+        case "fsdp" | "hybrid":
+            from qlora_dist.shard.fsdp import FullyShard
+
+            return FullyShard(
+                world_size if config.strategy == "fsdp" else shard.hybrid_shard_size or local_world_size,
+                frozen="replicate" if shard.frozen == "replicate" else "shard",
+                reshard_after_forward=shard.reshard_after_forward,
+                prefetch=shard.prefetch_layers,
+                offload_shards="shards" in shard.offload,
+            )
+    raise ValueError(f"no strategy {config.strategy}")

@@ -1,5 +1,6 @@
 """What a launcher hands to a worker; light to import, since launchers need no training stack."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,3 +20,8 @@ class Worker:
     client: CoordinatorClient
     run_dir: Path
     nonce: str
+
+    @property
+    def local_world_size(self) -> int:
+        """Workers on this node, as every launcher says it in the environment; all of them where none does."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))

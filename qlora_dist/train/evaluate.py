@@ -1,5 +1,6 @@
 """Held-out loss during training, and a few held-out prompts answered by the base and by the adapter."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +16,20 @@ from qlora_dist.train.step import autocast, loss_sum
 @torch.no_grad()
 def held_out_loss(
     model: nn.Module, table: TokenTable, batch_size: int, rank: int, world_size: int, pad_token_id: int,
-    compute_dtype: torch.dtype, device: torch.device,
+    compute_dtype: torch.dtype, device: torch.device, together: bool = False,
 ) -> float:  # fmt: skip
-    """Mean loss a loss-bearing token over all of `table`, each rank taking its share; the same number on every rank."""
+    """Mean loss a loss-bearing token over all of `table`, each rank taking its share; the same number on every rank.
+
+    Args:
+        together: every rank runs as many forwards as the others (a forward takes all of them); what is too many counts
+            for nothing.
+    """
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     starts = range(0, table.num_packs, batch_size)
-    for start in list(starts)[rank::world_size]:
+    mine = list(starts)[rank::world_size]
+    idle = math.ceil(len(starts) / world_size) - len(mine) if together else 0
+    for start in mine + [table.num_packs] * idle:
         batch = collate(table, range(start, min(start + batch_size, table.num_packs)), pad_token_id).to(device)
         with autocast(device, compute_dtype):
             sums[0] += loss_sum(model, batch).double().cpu()

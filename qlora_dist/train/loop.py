@@ -50,6 +50,7 @@ class Loop:
     progress: Progress
     identity: dict[str, Any]
     adapter_config: dict[str, Any]
+    adapter_config_json: bytes
     heartbeat: Heartbeat
     metrics: MetricsLog | None
     writer: BackgroundWriter | None
@@ -198,7 +199,7 @@ class Loop:
         self.heartbeat.at(self.progress.step, "compute")
         eval_loss = held_out_loss(
             self.model, self.eval_table, self.config.eval.per_device_eval_batch_size, self.rank, self.world_size,
-            self.pad_token_id, self.compute_dtype, self.device,
+            self.pad_token_id, self.compute_dtype, self.device, self.strategy.collective_forward,
         )  # fmt: skip
         if self.metrics is not None:
             self.metrics.write(

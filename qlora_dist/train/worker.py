@@ -29,8 +29,7 @@ from qlora_dist.model.adapter import (
     adapter_config_json,
     attach_adapter,
     check_trainable,
-    load_adapter_state,
-    save_adapter,
+    write_adapter,
 )  # fmt: skip
 from qlora_dist.model.base import compute_dtype, load_base, load_tokenizer
 from qlora_dist.model.gguf import rounding_note
@@ -124,11 +123,12 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
 
     if config.strategy == "none" and worker.world_size > 1:
         raise ValueError(f"strategy none with {worker.world_size} workers would train {worker.world_size} adapters")
-    strategy = make_strategy(config.strategy)
+    strategy = make_strategy(config, worker.world_size, worker.local_world_size)
     model = strategy.apply(adapted, partial(build_optimizer, config=config.train, notice=partial(note, "notice")))
     if config.data.packing:
         check_document_boundaries(model, lays_flat(config), dtype, worker.device)
-    adapter_settings = json.loads(adapter_config_json(adapted))
+    adapter_config = adapter_config_json(adapted)
+    adapter_settings = json.loads(adapter_config)
     identity = run_identity(config, folder, train_table, adapter_settings)
     progress = Progress(loss_scale=LossScale.for_dtype(dtype))
     if resume_from is not None:
@@ -145,7 +145,7 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
         strategy=strategy, schedule=build_schedule(config.train, total_steps), compute_dtype=dtype,
         pad_token_id=tokenizer.pad_token_id, order=order, train_table=train_table, eval_table=eval_table,
         total_steps=total_steps, progress=progress, identity=identity,
-        adapter_config=adapter_settings, heartbeat=heartbeat,
+        adapter_config=adapter_settings, adapter_config_json=adapter_config, heartbeat=heartbeat,
         metrics=open_metrics(config, worker.run_dir, generation, progress.step, partial(note, "notice"))
         if lead else None,
         writer=BackgroundWriter(worker.run_dir, worker.client, generation) if lead else None,
@@ -259,7 +259,7 @@ def finish(loop: Loop, worker: Worker, tokenizer: Any, generation: int) -> None:
     if config.eval.load_best_model_at_end:
         best = agree(worker, best_checkpoint(worker.run_dir) if worker.rank == 0 else None)
         if best is not None:
-            load_adapter_state(model, read_snapshot(Path(best)).adapter)
+            loop.strategy.load_adapter(read_snapshot(Path(best)).adapter)
         elif worker.rank == 0:
             tell(
                 worker, generation, "notice", "no checkpoint has a finite held-out loss; the last adapter is the final"
@@ -267,14 +267,16 @@ def finish(loop: Loop, worker: Worker, tokenizer: Any, generation: int) -> None:
     samples: list[dict[str, str]] = []
     if loop.eval_table is not None and config.eval.sample_prompts:
         documents = range(min(config.eval.sample_prompts, loop.eval_table.num_documents))
+        together = loop.strategy.collective_forward
         mine = answer_prompts(
-            model, tokenizer, loop.eval_table, documents[worker.rank :: worker.world_size],
+            model, tokenizer, loop.eval_table, documents if together else documents[worker.rank :: worker.world_size],
             config.eval.sample_max_new_tokens, loop.compute_dtype, worker.device,
         )  # fmt: skip
-        samples = gather_in_turn(worker, mine)
+        samples = mine if together else gather_in_turn(worker, mine)
+    adapter = loop.strategy.full_adapter()
     if worker.rank == 0:
         refuse_if_fenced(loop.heartbeat)
-        save_adapter(model, worker.run_dir / "adapter")
+        write_adapter(adapter, loop.adapter_config_json, worker.run_dir / "adapter")
         assert loop.metrics is not None
         loop.metrics.close(worker.run_dir / "adapter")
         answer = worker.client.call(

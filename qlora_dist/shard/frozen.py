@@ -1,0 +1,281 @@
+"""The frozen tensors of a unit as one flat run of bytes, which every strategy can cut into equal shards.
+
+Bytes, because nothing that treats them as numbers may touch packed 4-bit weights: some copies on CUDA rewrite the NaN
+patterns of 16-bit floats, and mixed precision casts whatever is floating. One run, because one gather a layer is faster
+than fifty, and because the quantisation constants are sharded with the weights then.
+
+B bytes of a unit, O and I outputs and inputs of a linear layer.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from qlora_dist.shard.units import Unit
+
+# Where a tensor may begin: a divisor of every dtype's size and of a GPU's widest load.
+ALIGNMENT = 256
+BYTES = "frozen_bytes"
+
+
+@dataclass(frozen=True)
+class Span:
+    """A tensor's place among the bytes."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def end(self) -> int:
+        """The first byte after it."""
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
+    def of(self, bytes_B: Tensor) -> Tensor:
+        """The tensor, a view of `bytes_B`."""
+        return bytes_B[self.offset : self.end].view(self.dtype).view(self.shape)
+
+
+@dataclass
+class FrozenTensor:
+    """One frozen parameter, wherever it is used.
+
+    owners: modules and the attribute that holds it there (two for a tied weight).
+    parts: spans by name; `data`, and for a 4-bit weight what its quantisation state holds.
+    weight: the parameter emptied of its bytes; for a 4-bit one with its quantisation state, emptied too.
+    """
+
+    owners: list[tuple[nn.Module, str]]
+    parts: dict[str, Span]
+    weight: nn.Parameter
+
+    def view(self, bytes_B: Tensor) -> Tensor:
+        """The parameter as it was, its memory a view of `bytes_B`."""
+        data = self.parts["data"].of(bytes_B)
+        if not is_4bit(self.weight):
+            return data
+        weight: Any = self.weight
+        state = copy(weight.quant_state)
+        state.absmax = self.parts["absmax"].of(bytes_B)
+        if state.nested:
+            state.offset = self.parts["offset"].of(bytes_B)
+            state.state2 = copy(state.state2)
+            state.state2.absmax = self.parts["nested_absmax"].of(bytes_B)
+        return _like_4bit(self.weight, data, state)
+
+
+class FrozenUnit:
+    """All frozen tensors of one unit, laid out one after the other.
+
+    Args:
+        unit: its modules; tensors of modules in `apart` are left out, as another unit's.
+        num_shards: the bytes are padded so that so many equal shards begin where tensors may.
+
+    Attributes:
+        num_bytes: B, padding included.
+        module: the module that `place` registers the bytes on.
+    """
+
+    def __init__(self, unit: Unit, num_shards: int, apart: set[nn.Module] | frozenset[nn.Module] = frozenset()):
+        self.unit = unit
+        self.module = unit.modules[0]
+        self.tensors = _frozen_tensors(unit, apart)
+        last = max((span.end for tensor in self.tensors for span in tensor.parts.values()), default=0)
+        self.num_bytes = _up(last, ALIGNMENT * num_shards)
+        self.seen: Tensor | None = None
+
+    def pack(self) -> Tensor:
+        """All tensors as bytes [B] on their device; the modules are left with empty ones."""
+        device = self.tensors[0].owners[0][0].get_parameter(self.tensors[0].owners[0][1]).device
+        bytes_B = torch.zeros(self.num_bytes, dtype=torch.uint8, device=device)
+        for tensor in self.tensors:
+            owner, name = tensor.owners[0]
+            for part, value in _parts(owner.get_parameter(name)):
+                span = tensor.parts[part]
+                bytes_B[span.offset : span.end] = value.detach().contiguous().view(-1).view(torch.uint8)
+            for owner, name in tensor.owners:
+                owner._parameters[name] = tensor.weight
+        return bytes_B
+
+    def place(self, bytes_B: Tensor) -> None:
+        """Register the bytes, whole or for a strategy to shard, as the module's parameter; its tensors become views.
+
+        From here on the modules' forward reads the bytes that the parameter holds then. Nothing of them is kept from
+        the forward to the backward: they may be freed and gathered anew between.
+        """
+        self.module.register_parameter(BYTES, nn.Parameter(bytes_B, requires_grad=False))
+        for tensor in self.tensors:
+            for owner, name in tensor.owners:
+                del owner._parameters[name]
+                owner.__dict__[name] = tensor.weight
+                if isinstance(owner, nn.Linear) and name == "weight":
+                    owner.__dict__["forward"] = _linear_forward(owner, tensor, self)
+
+    def bytes_now(self) -> Tensor:
+        """The parameter as it stands: all bytes while the unit is gathered."""
+        parameter: Tensor = self.module._parameters[BYTES]  # type: ignore[assignment]
+        return parameter
+
+    def current(self, tensor: FrozenTensor) -> Tensor:
+        """The view of `tensor` among the bytes as they stand."""
+        bytes_B = self.bytes_now()
+        if bytes_B is self.seen:
+            owner, name = tensor.owners[0]
+            view: Tensor = owner.__dict__[name]
+            return view
+        return tensor.view(bytes_B)
+
+    def set_views(self) -> None:
+        """Let the modules' attributes be views of the gathered bytes; for the start of each forward."""
+        bytes_B = self.bytes_now()
+        if bytes_B is self.seen:
+            return
+        for tensor in self.tensors:
+            view = tensor.view(bytes_B)
+            for owner, name in tensor.owners:
+                owner.__dict__[name] = view
+        self.seen = bytes_B
+
+    def copy_views(self) -> None:
+        """As `set_views`, for gathered bytes whose memory lives as long as a view of it: small tensors are copied."""
+        bytes_B = self.bytes_now()
+        for tensor in self.tensors:
+            view = tensor.view(bytes_B)
+            for owner, name in tensor.owners:
+                # Linear weights are asked for anew in the backward; norms and biases are saved by autograd.
+                keeps = not isinstance(owner, nn.Linear | nn.Embedding) or name != "weight"
+                owner.__dict__[name] = view.clone() if keeps else view
+
+    def drop_views(self) -> None:
+        """Forget the views that `copy_views` set."""
+        for tensor in self.tensors:
+            for owner, name in tensor.owners:
+                owner.__dict__[name] = tensor.weight
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x W^T + b for a frozen W that is asked for in the forward and again in the backward, and saved in neither."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return linear(x, weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad @ ctx.weight().to(grad.dtype), None, None
+
+
+def _linear_forward(layer: Any, tensor: FrozenTensor, unit: FrozenUnit) -> Callable[[Tensor], Tensor]:
+    if not is_4bit(tensor.weight):
+
+        def dense() -> Tensor:
+            return unit.current(tensor)
+
+        return lambda x: _FrozenLinear.apply(x.to(tensor.weight.dtype), dense, layer.bias)
+
+    from bitsandbytes.functional import dequantize_4bit
+
+    def dequantised() -> Tensor:
+        weight: Any = unit.current(tensor)
+        return dequantize_4bit(weight.data, weight.quant_state)
+
+    def forward(x: Tensor) -> Tensor:
+        dtype = layer.compute_dtype or x.dtype
+        output: Tensor = _FrozenLinear.apply(x.to(dtype), dequantised, layer.bias)
+        return output.to(x.dtype)
+
+    return forward
+
+
+def is_4bit(weight: Tensor) -> bool:
+    """Whether it is a quantised weight of bitsandbytes."""
+    return getattr(weight, "quant_state", None) is not None
+
+
+@dataclass
+class _Layout:
+    tensors: dict[int, FrozenTensor] = field(default_factory=dict)
+    offset: int = 0
+
+    def add(self, owner: nn.Module, name: str, weight: nn.Parameter) -> None:
+        if id(weight) in self.tensors:
+            self.tensors[id(weight)].owners.append((owner, name))
+            return
+        parts = {}
+        for part, value in _parts(weight):
+            self.offset = _up(self.offset, ALIGNMENT)
+            parts[part] = Span(self.offset, tuple(value.shape), value.dtype)
+            self.offset = parts[part].end
+        self.tensors[id(weight)] = FrozenTensor([(owner, name)], parts, _emptied(weight))
+
+
+def _frozen_tensors(unit: Unit, apart: set[nn.Module] | frozenset[nn.Module]) -> list[FrozenTensor]:
+    layout = _Layout()
+    for root in unit.modules:
+        for owner in _modules(root, apart):
+            for name, weight in owner._parameters.items():
+                if weight is not None and not weight.requires_grad:
+                    layout.add(owner, name, weight)
+    return list(layout.tensors.values())
+
+
+def _modules(root: nn.Module, apart: set[nn.Module] | frozenset[nn.Module]) -> Iterator[nn.Module]:
+    yield root
+    for child in root.children():
+        if child not in apart:
+            yield from _modules(child, apart)
+
+
+def _parts(weight: Any) -> Iterator[tuple[str, Tensor]]:
+    yield "data", weight.data
+    if is_4bit(weight):
+        state = weight.quant_state
+        yield "absmax", state.absmax
+        if state.nested:
+            yield "offset", state.offset
+            yield "nested_absmax", state.state2.absmax
+
+
+def _emptied(weight: Any) -> nn.Parameter:
+    """`weight` without memory: what is left to know its device, dtype and kind by."""
+    nothing = torch.empty(0, dtype=weight.dtype, device=weight.device)
+    if not is_4bit(weight):
+        return nn.Parameter(nothing, requires_grad=False)
+    state = copy(weight.quant_state)
+    state.absmax = torch.empty(0, dtype=state.absmax.dtype, device=weight.device)
+    state.code = _constant(state.code)
+    if state.nested:
+        state.offset = torch.empty(0, dtype=state.offset.dtype, device=weight.device)
+        state.state2 = copy(state.state2)
+        state.state2.absmax = torch.empty(0, dtype=state.state2.absmax.dtype, device=weight.device)
+        state.state2.code = _constant(state.state2.code)
+    return _like_4bit(weight, nothing, state)
+
+
+def _like_4bit(weight: Any, data: Tensor, state: Any) -> nn.Parameter:
+    from bitsandbytes.nn import Params4bit
+
+    made: Any = torch.Tensor._make_subclass(Params4bit, data, False)
+    made.__dict__.update(weight.__dict__)
+    made.quant_state = state
+    return made
+
+
+_CONSTANTS: dict[tuple[str, bytes], Tensor] = {}
+
+
+def _constant(code: Tensor) -> Tensor:
+    """The one copy of a lookup table that all weights of a device share."""
+    key = (str(code.device), code.cpu().numpy().tobytes())
+    return _CONSTANTS.setdefault(key, code)
+
+
+def _up(size: int, step: int) -> int:
+    return -(-size // step) * step

@@ -29,23 +29,17 @@ def load_chat_template(name: str) -> str:
         return _folder().joinpath(f"{name}.jinja").read_text("utf-8")
     path = Path(name).expanduser()
     if not path.is_file():
-        raise UserError(
-            f"data.chat_template: {name} is neither a file nor one of {', '.join(template_names())}; use one of them."
-        )
+        raise UserError("chat-template-unknown", name=name, names=", ".join(template_names()))
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"data.chat_template: {name} cannot be read ({error}); give a UTF-8 text file that you may read."
-        ) from error
+        raise UserError("chat-template-unreadable", name=name, reason=error) from error
     if not text.strip():
-        raise UserError(f"data.chat_template: {name} is empty; write a Jinja template there.")
+        raise UserError("chat-template-empty", name=name)
     try:
         ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_TAGS.sub("", text))
     except TemplateSyntaxError as error:
-        raise UserError(
-            f"data.chat_template: {name}:{error.lineno} is not Jinja ({error.message}); mend it there."
-        ) from error
+        raise UserError("chat-template-not-jinja", name=name, line=error.lineno, reason=error.message) from error
     return text
 
 

@@ -75,8 +75,10 @@ def load_rows(config: DataConfig, split: Split = "train") -> tuple[list[Row], In
     dropped |= bad_rows.counts
     if not kept:
         why = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
-        first = next(iter(bad_rows.first.values()), "loosen data.filter.")
-        raise UserError(f"data.{split}: no row of {source} is left of {count} ({why}); {first}")
+        first = next(iter(bad_rows.first.values()), None)
+        if first is None:
+            raise UserError("no-row-left", split=split, source=source, rows=count, dropped=why)
+        raise UserError("no-good-row-left", split=split, source=source, rows=count, dropped=why, first=first)
     return kept, Intake(count, format_, dropped, bad_rows.first, duplicates)
 
 
@@ -100,9 +102,7 @@ def check_leaks(
     if not (intake.leaked and config.filter.drop_leaked):
         return list(held_out), intake
     if all(leaks):
-        raise UserError(
-            f"data.filter.drop_leaked leaves no held-out row: all {len(leaks)} are training rows too; hold out others."
-        )
+        raise UserError("all-leaked", rows=len(leaks))
     kept = [row for row, leaked in zip(held_out, leaks, strict=True) if not leaked]
     return kept, replace(intake, dropped=intake.dropped | {"leaked": intake.leaked})
 
@@ -130,7 +130,7 @@ def map_fields(rows: Iterable[Row], fields: Mapping[Any, str], bad_rows: BadRows
         except BadRow as bad:
             bad_rows.add(bad)
     if not mapped:
-        raise UserError(f"data.fields fits no row; the first: {next(iter(bad_rows.first.values()))}")
+        raise UserError("fields-fit-no-row", first=next(iter(bad_rows.first.values())))
     return mapped
 
 
@@ -140,7 +140,7 @@ def _mapped(row: Row, name: str, path: str) -> Any:
     try:
         pieces = list(string.Formatter().parse(path))
     except ValueError as error:
-        raise UserError(f"data.fields.{name} is {path!r} ({error}); write {{{{ for a brace of the text.") from error
+        raise UserError("fields-pattern", field=name, text=path, reason=error) from error
     text = ""
     for literal, column, _, _ in pieces:
         text += literal
@@ -156,10 +156,7 @@ def _column(row: Row, name: str, path: str) -> Any:
     for part in path.split("."):
         if not isinstance(value, dict) or part not in value:
             seen = ", ".join(sorted(row.data)) or "none"
-            raise BadRow(
-                "missing column",
-                f"{row.where} lacks the column `{path}` that data.fields.{name} names (columns: {seen}); mend either.",
-            )
+            raise BadRow("row-lacks-column", "missing column", place=row.where, column=path, field=name, columns=seen)
         value = value[part]
     return value
 

@@ -74,14 +74,9 @@ def detect_format(rows: Sequence[Row], name: FormatName | Literal["auto"] = "aut
     seen = ", ".join(sorted(keys)) or "none"
     if found:
         raise BadRow(
-            "unknown format",
-            f"{rows[0].where} fits the formats {' and '.join(chosen)} (keys: {seen}); name one of them in data.format.",
+            "row-format-ambiguous", "unknown format", place=rows[0].where, formats=" and ".join(chosen), keys=seen
         )
-    raise BadRow(
-        "unknown format",
-        f"{rows[0].where} fits no known format (keys: {seen}); map its keys with data.fields, or use those of "
-        f"{_accepted()}.",
-    )
+    raise BadRow("row-format-unknown", "unknown format", place=rows[0].where, keys=seen, accepted=_accepted())
 
 
 def to_conversation(row: Row, format_: FormatName) -> Conversation:
@@ -126,10 +121,7 @@ def _prompt_completion(row: Row) -> Conversation:
         after = _messages(row, "completion", "prompt_completion")
         return Conversation(before + after, row, first_loss_message=len(before))
     if isinstance(prompt, list) or isinstance(completion, list):
-        raise BadRow(
-            "wrong type",
-            f"{row.where}: prompt and completion differ in kind; make both strings or both message lists.",
-        )
+        raise BadRow("prompt-completion-kinds", "wrong type", place=row.where)
     answer = _text(row, "completion", "prompt_completion", EMPTY_ANSWER)
     return _exchange(row, _text(row, "prompt", "prompt_completion"), answer, plain=True)
 
@@ -155,16 +147,15 @@ def _messages(row: Row, key: str, format_: FormatName) -> list[Message]:
         try:
             messages = json.loads(messages)
         except ValueError as error:
-            raise BadRow("not JSON", f"{row.where}: `{key}` is not JSON ({error}); mend the list.") from error
-    names = "`from` and `value`" if format_ == "sharegpt" else "`role` and `content`"
+            raise BadRow("messages-not-json", "not JSON", place=f"{row.where}: `{key}`", reason=error) from error
     if not isinstance(messages, list) or not messages:
-        raise BadRow("wrong type", f"{row.where}: `{key}` must be a non-empty list of objects with {names}.")
+        raise BadRow("messages-not-a-list", "wrong type", place=f"{row.where}: `{key}`", keys=_turn_keys(format_))
     return [_message(message, f"{row.where}: {key}[{index}]", format_) for index, message in enumerate(messages)]
 
 
 def _message(message: Any, place: str, format_: FormatName) -> Message:
     if not isinstance(message, dict):
-        raise BadRow("wrong type", f"{place} is not an object; give it a `role` and a `content`.")
+        raise BadRow("message-not-an-object", "wrong type", place=place, keys=_turn_keys(format_))
     content = "content"
     if format_ == "sharegpt" and "from" in message:
         content = "value"
@@ -172,7 +163,9 @@ def _message(message: Any, place: str, format_: FormatName) -> Message:
         message = {"role": SHAREGPT_ROLES.get(speaker, speaker), "content": message.get("value")}
     if message.get("role") not in ROLES:
         accepted = (*SHAREGPT_ROLES, *ROLES) if format_ == "sharegpt" else ROLES
-        raise BadRow("unknown role", f"{place} has the role {message.get('role')!r}; use one of {', '.join(accepted)}.")
+        raise BadRow(
+            "role-unknown", "unknown role", place=place, role=message.get("role"), accepted=", ".join(accepted)
+        )
     reason = EMPTY_ANSWER if message["role"] == "assistant" else "empty text"
     _check_text(message.get("content"), f"{place}: `{content}`", reason)
     return _drop_nulls(message)
@@ -188,11 +181,7 @@ def _drop_nulls(value: Any) -> Any:
 def _value(row: Row, key: str, format_: FormatName) -> Any:
     if key not in row.data:
         seen = ", ".join(sorted(row.data)) or "none"
-        raise BadRow(
-            "missing key",
-            f"{row.where} lacks the key `{key}` of the format {format_} (keys: {seen}); "
-            "mend the row or name another format in data.format.",
-        )
+        raise BadRow("row-lacks-key", "missing key", place=row.where, key=key, format=format_, keys=seen)
     return row.data[key]
 
 
@@ -204,26 +193,25 @@ def _text(row: Row, key: str, format_: FormatName, empty: str = "empty text") ->
 
 def _check_text(value: Any, place: str, empty: str = "empty text") -> None:
     if not isinstance(value, str):
-        raise BadRow("wrong type", f"{place} is of type {type(value).__name__}; it must be a string.")
+        raise BadRow("text-not-a-string", "wrong type", place=place, type=type(value).__name__)
     if not value.strip():
-        every = "; data.filter.drop_empty_answers: true leaves all such rows out" if empty == EMPTY_ANSWER else ""
-        raise BadRow(empty, f"{place} is empty; fill it in or remove it{every}.")
+        if empty == EMPTY_ANSWER:
+            raise BadRow("answer-empty", EMPTY_ANSWER, place=place)
+        raise BadRow("text-empty", empty, place=place)
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise BadRow("not UTF-8", f"{place} holds half of a surrogate pair, which is no character; remove it.")
+        raise BadRow("half-a-surrogate", "not UTF-8", place=place)
 
 
 def _check_turns(conversation: Conversation) -> None:
     roles = [message["role"] for message in conversation.messages]
     if "assistant" not in roles[conversation.first_loss_message :]:
-        raise BadRow(
-            "no assistant message",
-            f"{conversation.row.where} has no assistant message to learn from; add one or remove the row.",
-        )
+        raise BadRow("no-assistant-message", "no assistant message", place=conversation.row.where)
     if roles[0] == "assistant":
-        raise BadRow(
-            "begins with the assistant",
-            f"{conversation.row.where} begins with the assistant; put a user message before it.",
-        )
+        raise BadRow("begins-with-assistant", "begins with the assistant", place=conversation.row.where)
+
+
+def _turn_keys(format_: FormatName) -> str:
+    return "`from` and `value`" if format_ == "sharegpt" else "`role` and `content`"
 
 
 def _accepted() -> str:

@@ -30,9 +30,7 @@ def read_saved_dataset(folder: Path, field: str, wanted: tuple[str, ...], name: 
         loaded: Any = load_from_disk(str(folder))
         yield from _rows(_pick(loaded, field, wanted, name), name)
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        raise UserError(
-            f"{field}: {name} is not a whole `datasets` folder ({_first_line(error)}); save it again."
-        ) from error
+        raise UserError("saved-dataset-damaged", field=field, place=name, reason=error) from error
 
 
 def read_hub(hub_id: re.Match[str], field: str, wanted: tuple[str, ...]) -> Iterator[Row]:
@@ -51,26 +49,14 @@ def read_hub(hub_id: re.Match[str], field: str, wanted: tuple[str, ...]) -> Iter
     except DatasetNotFoundError as error:
         reason = str(error)
         if "gated" in reason:
-            mend = "accept its conditions on the hub, then run `hf auth login` or set HF_TOKEN"
-            raise UserError(f"{field}: the hub dataset {repo} is gated; {mend}.") from error
+            raise UserError("hub-dataset-gated", field=field, repo=repo) from error
         if hub_id["revision"] and "Revision" in reason:
-            raise UserError(
-                f"{field}: the hub dataset {repo} has no revision {hub_id['revision']!r}; mend what follows the @."
-            ) from error
-        raise UserError(
-            f"{field}: {repo} is neither a path here nor a dataset that the hub shows you; mend the name, or set "
-            "HF_TOKEN if it is private."
-        ) from error
+            raise UserError("hub-dataset-revision", field=field, repo=repo, revision=hub_id["revision"]) from error
+        raise UserError("hub-dataset-missing", field=field, repo=repo) from error
     except (OfflineModeIsEnabled, ConnectionError) as error:
-        raise UserError(
-            f"{field}: {repo} does not exist here, and the hub cannot be reached ({_first_line(error)}); mend the "
-            "path, or download the dataset where there is a network and give its folder."
-        ) from error
+        raise UserError("hub-dataset-unreachable", field=field, repo=repo, reason=error) from error
     except (HfHubHTTPError, DatasetsError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{field}: the hub dataset {repo} cannot be loaded ({_first_line(error)}); name what it has as "
-            "owner/name:subset@revision#split."
-        ) from error
+        raise UserError("hub-dataset-unloadable", field=field, repo=repo, reason=error) from error
     yield from _rows(_pick(loaded, field, wanted, repo), hub_id.group())
 
 
@@ -82,17 +68,11 @@ def _pick(loaded: Any, field: str, wanted: tuple[str, ...], name: str) -> Any:
         return loaded
     split = next((split for split in wanted if split in loaded), None)
     if split is None:
-        raise UserError(
-            f"{field}: {name} has the splits {', '.join(sorted(loaded))}, none of them {' or '.join(wanted)}; "
-            f"name one with {name}#SPLIT."
-        )
+        splits, names = ", ".join(sorted(loaded)), " or ".join(wanted)
+        raise UserError("dataset-without-split", field=field, place=name, splits=splits, wanted=names)
     return loaded[split]
 
 
 def _rows(dataset: Any, name: str) -> Iterator[Row]:
     for number, data in enumerate(dataset, start=1):
         yield Row(without_nulls(data), name, number, "row")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

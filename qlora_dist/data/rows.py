@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Literal
 
@@ -39,15 +40,20 @@ class Row:
 
 
 class BadRow(UserError):
-    """A row that cannot be learned from; `data.on_bad_row: skip` leaves it out and counts it by `reason`."""
+    """A row that cannot be learned from.
 
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
+    Args:
+        code: the error's code in the catalogue.
+        reason: what kind of bad row it is: `data.on_bad_row: skip` leaves it out and counts it by that.
+        facts: what the catalogue's texts leave open.
+    """
+
+    def __init__(self, code: str, reason: str, /, **facts: object):
+        super().__init__(code, **facts)
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type["BadRow"], tuple[str, str]]:
-        # It crosses from the processes that tokenise; the default would leave out the reason.
-        return type(self), (self.reason, self.message)
+    def __reduce__(self) -> tuple[Callable[[], "BadRow"], tuple[Any, ...]]:
+        return partial(type(self), self.code, self.reason, **self.facts), ()
 
 
 @dataclass
@@ -104,22 +110,22 @@ def parse_json(file: BinaryIO, name: str, bad_rows: BadRows) -> Iterator[Row]:
             yield from parse_jsonl(content.split(b"\n"), name, bad_rows)
             return
         raise UserError(
-            f"{name}:{error.lineno} is not JSON ({_reason(error)} at column {error.colno}); mend it there."
+            "json-malformed", place=f"{name}:{error.lineno}", reason=_reason(error), column=error.colno
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name} {_unparsed(error)}; mend the file.") from error
+    except RecursionError as error:
+        raise UserError("json-too-deep", place=name) from error
+    except ValueError as error:
+        raise UserError("json-number-too-long", place=name) from error
     if isinstance(value, dict):
         value = value.get("data")
     if not isinstance(value, list):
-        raise UserError(f'{name} is not a list of rows; make it [{{...}}, ...], {{"data": [...]}}, or JSON lines.')
+        raise UserError("json-not-a-list", file=name)
     for number, data in enumerate(value, start=1):
         row = Row(data, name, number, "row")
         if isinstance(data, dict):
             yield row
         else:
-            bad_rows.add(
-                BadRow("not an object", f"{row.where} is {_kind(data)}, not a JSON object; put {{...}} there.")
-            )
+            bad_rows.add(BadRow("row-not-an-object", "not an object", place=row.where, kind=_kind(data)))
 
 
 def parse_csv(file: BinaryIO, name: str, bad_rows: BadRows) -> Iterator[Row]:
@@ -134,7 +140,7 @@ def parse_csv(file: BinaryIO, name: str, bad_rows: BadRows) -> Iterator[Row]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise UserError(f"{name}:{number} is not CSV ({error}); mend the quotes there.") from error
+            raise UserError("csv-malformed", place=f"{name}:{number}", reason=error) from error
         if cells is None:
             return
         if not cells:
@@ -142,12 +148,9 @@ def parse_csv(file: BinaryIO, name: str, bad_rows: BadRows) -> Iterator[Row]:
         if header is None:
             header = _header(cells, f"{name}:{number}")
         elif len(cells) != len(header):
+            where = f"{name}:{number}"
             bad_rows.add(
-                BadRow(
-                    "wrong number of cells",
-                    f"{name}:{number} has {len(cells)} cells where the first line names {len(header)} columns; "
-                    "mend the row, or quote cells that hold the separator.",
-                )
+                BadRow("csv-cells", "wrong number of cells", place=where, cells=len(cells), columns=len(header))
             )
         else:
             yield Row(dict(zip(header, cells, strict=True)), name, number)
@@ -166,8 +169,7 @@ def parse_parquet(file: BinaryIO, name: str, bad_rows: BadRows) -> Iterator[Row]
                 number += 1
                 yield Row(without_nulls(data), name, number, "row")
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"{name} is not a readable Parquet file ({reason}); write it again.") from error
+        raise UserError("parquet-unreadable", file=name, reason=error) from error
 
 
 PARSERS: dict[str, Callable[[Any, str, BadRows], Iterator[Row]]] = {
@@ -189,10 +191,10 @@ def without_nulls(data: dict[str, Any]) -> dict[str, Any]:
 def _header(cells: list[str], where: str) -> list[str]:
     names = [cell.strip() for cell in cells]
     if not all(names):
-        raise UserError(f"{where}: column {names.index('') + 1} has no name; name every column in the first line.")
+        raise UserError("csv-column-unnamed", place=where, column=names.index("") + 1)
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"{where} names the column `{twice}` twice; rename one of them.")
+        raise UserError("csv-column-twice", place=where, column=twice)
     return names
 
 
@@ -201,23 +203,24 @@ def _decode(content: bytes, name: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{name}:{line} is not UTF-8 (byte {error.start} of the file); save it as UTF-8.") from error
+        raise UserError("not-utf8", place=f"{name}:{line}", byte=error.start, whole="file") from error
 
 
 def _parse_object(line: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise BadRow("not UTF-8", f"{where} is not UTF-8 (byte {error.start}); save the file as UTF-8.") from error
+        raise BadRow("not-utf8", "not UTF-8", place=where, byte=error.start, whole="line") from error
     except json.JSONDecodeError as error:
         raise BadRow(
-            "not JSON",
-            f"{where} is not JSON ({_reason(error)} at column {error.colno}); put one whole JSON object on each line.",
+            "json-line-malformed", "not JSON", place=where, reason=_reason(error), column=error.colno
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise BadRow("not JSON", f"{where} {_unparsed(error)}; mend the line.") from error
+    except RecursionError as error:
+        raise BadRow("json-too-deep", "not JSON", place=where) from error
+    except ValueError as error:
+        raise BadRow("json-number-too-long", "not JSON", place=where) from error
     if not isinstance(value, dict):
-        raise BadRow("not an object", f"{where} is {_kind(value)}, not a JSON object; put one {{...}} on each line.")
+        raise BadRow("row-not-an-object", "not an object", place=where, kind=_kind(value))
     return value
 
 
@@ -227,8 +230,3 @@ def _kind(value: Any) -> str:
 
 def _reason(error: json.JSONDecodeError) -> str:
     return error.msg.removesuffix(" at")
-
-
-def _unparsed(error: Exception) -> str:
-    """What Python's JSON reader refuses though it is JSON."""
-    return "is nested too deeply" if isinstance(error, RecursionError) else "holds a number of too many digits"

@@ -28,14 +28,14 @@ def list_objects(url: str, field: str) -> tuple[S3FileSystem, list[str]]:
     """
     path = url.removeprefix("s3://").rstrip("/")
     if not path:
-        raise UserError(f"{field}: {url} names no bucket; write s3://BUCKET/KEY.")
+        raise UserError("s3-without-bucket", field=field, url=url)
     with _explained(url, field):
         store = _store()
         info = store.get_file_info(path)
         if info.type == FileType.File:
             return store, [path]
         if info.type == FileType.NotFound:
-            raise UserError(f"{field}: there is nothing at {url}; mend the bucket or the key.")
+            raise UserError("s3-nothing-there", field=field, url=url)
         found = store.get_file_info(FileSelector(path, recursive=True))
     return store, sorted(entry.path for entry in found if entry.type == FileType.File)
 
@@ -74,20 +74,13 @@ def _explained(url: str, field: str) -> Iterator[None]:
         reason = str(error)
         if "ACCESS_DENIED" in reason or "HTTP status 403" in reason or "HTTP status 401" in reason:
             if not _has_credentials():
-                raise UserError(
-                    f"{field}: {url} needs AWS credentials and none are set; set AWS_ACCESS_KEY_ID and "
-                    "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, on every node."
-                ) from error
-            raise UserError(
-                f"{field}: access to {url} is denied with these AWS credentials; check them and their rights."
-            ) from error
+                raise UserError("s3-without-credentials", field=field, url=url) from error
+            raise UserError("s3-access-denied", field=field, url=url) from error
         if "NO_SUCH_BUCKET" in reason or "does not exist" in reason or "HTTP status 404" in reason:
-            raise UserError(f"{field}: there is nothing at {url}; mend the bucket or the key.") from error
+            raise UserError("s3-nothing-there", field=field, url=url) from error
         if "NETWORK_CONNECTION" in reason or "curlCode" in reason:
-            raise UserError(
-                f"{field}: the store of {url} does not answer; check the network, AWS_ENDPOINT_URL and the region."
-            ) from error
-        raise UserError(f"{field}: {url} cannot be read ({reason.splitlines()[0]}); check the key.") from error
+            raise UserError("s3-unreachable", field=field, url=url) from error
+        raise UserError("s3-unreadable", field=field, url=url, reason=error) from error
 
 
 def _has_credentials() -> bool:

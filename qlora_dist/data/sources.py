@@ -59,10 +59,10 @@ def read_rows(
     bad_rows = bad_rows or BadRows()
     rows = list(islice(iterate_rows(_parse_source(source, split), bad_rows), max_rows))
     if not rows:
-        sentence = next(iter(bad_rows.first.values()), None)
-        if sentence is not None:
-            raise UserError(f"{source} holds no row that can be read; the first: {sentence}")
-        raise UserError(f"{source} holds no rows; put one JSON object on each line, or name another {split} source.")
+        first = next(iter(bad_rows.first.values()), None)
+        if first is not None:
+            raise UserError("source-all-bad", field=f"data.{split}", place=source, first=first)
+        raise UserError("source-without-rows", field=f"data.{split}", place=source)
     return rows
 
 
@@ -92,7 +92,7 @@ def iterate_rows(source: Source, bad_rows: BadRows) -> Iterator[Row]:
     elif not place.lower().endswith(SUFFIXES) and (hub_id := HUB_ID.fullmatch(place)):
         yield from read_hub(hub_id, source.field, source.wanted)
     else:
-        raise UserError(f"{source.field}: {place} does not exist; give the path of {KINDS}.")
+        raise UserError("source-missing", field=source.field, place=place, kinds=KINDS)
 
 
 def bundled_names(split: Split) -> list[str]:
@@ -116,9 +116,7 @@ def _read_files(paths: list[str], source: Source, bad_rows: BadRows) -> Iterator
             with Path(path).expanduser().open("rb") as file:
                 yield from parse_rows(file, path, bad_rows)
         except OSError as error:
-            raise UserError(
-                f"{source.field}: {path} cannot be read ({error.strerror}); check its permissions."
-            ) from error
+            raise UserError("source-unreadable", field=source.field, file=path, reason=error.strerror) from error
 
 
 def _folder_files(folder: Path, source: Source) -> list[str]:
@@ -134,18 +132,14 @@ def _folder_files(folder: Path, source: Source) -> list[str]:
 def _known(names: list[str], source: Source) -> list[str]:
     if not names[0].lower().endswith(SUFFIXES):
         ending = PurePosixPath(names[0]).suffix or "no ending"
-        raise UserError(
-            f"{source.field}: {names[0]} has {ending}, which tells no format; use one of {', '.join(SUFFIXES)}."
-        )
+        raise UserError("source-ending", field=source.field, file=names[0], ending=ending, endings=", ".join(SUFFIXES))
     return names
 
 
 def _of_split(names: list[str], source: Source) -> list[str]:
     """The files of the wanted split, where their names or folders tell splits apart; else all of them."""
     if not names:
-        raise UserError(
-            f"{source.field}: {source.place} holds no file that ends in {', '.join(SUFFIXES)}; put one there."
-        )
+        raise UserError("source-folder-empty", field=source.field, place=source.place, endings=", ".join(SUFFIXES))
     splits: dict[str, list[str]] = {}
     for name in names:
         relative = name.removeprefix(source.place.removeprefix(S3_PREFIX)).strip("/")
@@ -155,8 +149,11 @@ def _of_split(names: list[str], source: Source) -> list[str]:
     found = next((splits[wanted] for wanted in source.wanted if wanted in splits), None)
     if found is None:
         raise UserError(
-            f"{source.field}: {source.place} has files for {', '.join(sorted(filter(None, splits))) or 'no split'}, "
-            f"none for {' or '.join(source.wanted)}; name a split with {source.place}#SPLIT, or one file."
+            "source-without-split",
+            field=source.field,
+            place=source.place,
+            splits=", ".join(sorted(filter(None, splits))) or "no split",
+            wanted=" or ".join(source.wanted),
         )
     return found
 
@@ -181,5 +178,5 @@ def _bundled_resource(source: Source) -> Traversable:
     names = bundled_names(split)
     if name not in names:
         have = ", ".join(names) or "none"
-        raise UserError(f"data.{split}: there is no bundled dataset {name!r} with {split} rows; use one of: {have}.")
+        raise UserError("bundled-dataset-unknown", field=source.field, name=name, split=split, names=have)
     return _bundled_folder().joinpath(f"{name}.{split}.jsonl")

@@ -102,11 +102,7 @@ def _chat_template(conversations: Sequence[Conversation], tokenizer: PreTrainedT
         return DATE_CALL.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), tokenizer.get_chat_template())
     chat = next((conversation for conversation in conversations if not conversation.plain), None)
     if chat is not None:
-        raise UserError(
-            f"model.name: the tokenizer of {tokenizer.name_or_path} has no chat template, which "
-            f"{chat.row.where} needs; use the instruct version of the model, data with `prompt` "
-            "and `completion` as strings, or name a template in data.chat_template."
-        )
+        raise UserError("chat-template-absent", model=tokenizer.name_or_path, place=chat.row.where)
     return None
 
 
@@ -135,14 +131,13 @@ def _render(
         if skip_refused:
             return Rendered("", [])
         raise UserError(
-            f"{conversation.row.where}: the chat template of {tokenizer.name_or_path} refuses these messages "
-            f"({error}); mend the row, or set data.on_bad_row: skip."
+            "chat-template-refuses",
+            place=conversation.row.where,
+            model=tokenizer.name_or_path,
+            reason=error,
         ) from error
     if not spans:
-        raise UserError(
-            f"{conversation.row.where}: the assistant's part cannot be told apart in the chat template of "
-            f"{tokenizer.name_or_path}; set data.assistant_only_loss=false to learn all tokens."
-        )
+        raise UserError("answer-not-found", place=conversation.row.where, model=tokenizer.name_or_path)
     return Rendered(text, spans)
 
 
@@ -193,10 +188,7 @@ def _apply(
 def _encode(rendered: list[Rendered], tokenizer: PreTrainedTokenizerBase) -> list[tuple[np.ndarray, np.ndarray]]:
     needs_offsets = any(document.spans is not None for document in rendered)
     if needs_offsets and not tokenizer.is_fast:
-        raise UserError(
-            f"model.name: the tokenizer of {tokenizer.name_or_path} gives no character offsets, without which the "
-            "assistant's tokens cannot be found; set data.assistant_only_loss=false to learn all tokens."
-        )
+        raise UserError("tokenizer-without-offsets", model=tokenizer.name_or_path)
     encoded = tokenizer(
         [document.text for document in rendered],
         add_special_tokens=False,

@@ -61,10 +61,7 @@ def build_table(
     lengths = np.concatenate([chunk.lengths for chunk in chunks])
     if not len(lengths):
         why = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
-        raise UserError(
-            f"data.{split}: no row is left of {len(rows)}, with data.max_length={config.max_length} tokens ({why}); "
-            "raise data.max_length, or loosen data.filter and data.too_long."
-        )
+        raise UserError("no-document-left", split=split, rows=len(rows), max_length=config.max_length, dropped=why)
     loss_mask = np.concatenate([chunk.loss_mask for chunk in chunks])
     packs = pack_documents(lengths, config.max_length) if config.packing and split == "train" else None
     num_packs = len(lengths) if packs is None else len(packs.offsets) - 1
@@ -103,7 +100,7 @@ def prepare_data(
             share or a whole number of rows, or leaves no row to train on; the cache folder cannot be written.
     """
     if config.eval is not None and config.eval_split:
-        raise UserError("data.eval and data.eval_split are both set; remove one of them.")
+        raise UserError("eval-twice")
 
     if config.chat_template is not None:
         tokenizer.chat_template = load_chat_template(config.chat_template)
@@ -154,14 +151,12 @@ def split_rows(
     `eval_split` below 1 is a share (rounded down, one row at least), from 1 on a number of rows, 0 holds out none.
     """
     if eval_split >= 1 and eval_split != int(eval_split):
-        raise UserError(f"data.eval_split={eval_split} is neither a share below 1 nor a whole number of rows; mend it.")
+        raise UserError("eval-split-fraction", eval_split=eval_split)
     count = int(eval_split) if eval_split >= 1 else max(int(len(rows) * eval_split), int(eval_split > 0))
     if max_eval_rows is not None:
         count = min(count, max_eval_rows)
     if count >= len(rows):
-        raise UserError(
-            f"data.eval_split={eval_split} holds out {count} of {len(rows)} rows and leaves none to train on; lower it."
-        )
+        raise UserError("eval-split-takes-all", eval_split=eval_split, held_out=count, rows=len(rows))
     # argsort of raw bits, since numpy keeps a bit generator's stream over versions but not `permutation`.
     held_out = set(np.argsort(np.random.Philox(seed).random_raw(len(rows)), kind="stable")[:count].tolist())
     train = [row for index, row in enumerate(rows) if index not in held_out]
@@ -220,10 +215,7 @@ def _encode_chunk(
     for conversation, (ids, mask) in zip(conversations, encoded, strict=True):
         too_long = len(ids) > config.max_length
         if too_long and config.too_long == "error":
-            raise UserError(
-                f"{conversation.row.where} has {len(ids)} tokens, data.max_length is {config.max_length}; raise it, "
-                "or set data.too_long to truncate or drop."
-            )
+            raise UserError("row-too-long", place=conversation.row.where, tokens=len(ids), max_length=config.max_length)
         reason = _left_out(len(ids), config)
         if reason is not None:
             dropped[reason] = dropped.get(reason, 0) + 1

@@ -16,6 +16,7 @@ from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import DataConfig
 from qlora_dist.data import tokens
 from qlora_dist.data.cache import tokenizer_digest
+from qlora_dist.data.rows import BadRow
 from qlora_dist.data.sources import read_rows
 from qlora_dist.data.table import TokenTable
 from qlora_dist.data.tokens import build_table, prepare_data
@@ -251,5 +252,6 @@ def test_processes_make_the_table_of_one(
     monkeypatch.setattr(tokens, "CHUNK_ROWS", 6)
     assert same(build_table(rows, tokenizer, config(tmp_path, num_proc=2)), alone)
     rows[13].data["answer"] = ""
-    with pytest.raises(UserError, match=r"rows\.jsonl:14"):
+    with pytest.raises(BadRow, match=r"^\S*rows\.jsonl:14: `answer` is empty; fill it in") as caught:
         build_table(rows, tokenizer, config(tmp_path, num_proc=2))
+    assert (caught.value.code, caught.value.reason) == ("answer-empty", "empty answer")

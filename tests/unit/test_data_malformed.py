@@ -49,10 +49,10 @@ MALFORMED: list[tuple[str, str, Any, dict[str, Any], str]] = [
      r"x\.jsonl:2 is not JSON \(Unterminated string starting at column 19\); put one whole JSON object on each line"),
     ("python literal", "x.jsonl", b"{'question': 'q'}\n", {}, r"x\.jsonl:1 is not JSON \(.*\); put one whole"),
     ("latin-1 line", "x.jsonl", GOOD + b'{"question": "caf\xe9", "answer": "a"}', {},
-     r"x\.jsonl:2 is not UTF-8 \(byte 17\); save the file as UTF-8"),
-    ("utf-16", "x.jsonl", GOOD.decode().encode("utf-16"), {}, r"x\.jsonl:1 is not UTF-8 \(byte 0\); save"),
+     r"x\.jsonl:2 is not UTF-8 \(byte 17 of the line\); save the file as UTF-8"),
+    ("utf-16", "x.jsonl", GOOD.decode().encode("utf-16"), {}, r"x\.jsonl:1 is not UTF-8 \(byte 0 of the line\); save"),
     ("array in jsonl", "x.jsonl", b'[{"question": "q"}]\n', {}, r"x\.jsonl:1 is a list, not a JSON object; put one"),
-    ("deep nesting", "x.jsonl", b"[" * 200_000, {}, r"x\.jsonl:1 is nested too deeply; mend the line"),
+    ("deep nesting", "x.jsonl", b"[" * 200_000, {}, r"x\.jsonl:1 is nested too deeply; mend it"),
     ("huge number", "x.jsonl", b'{"question": ' + b"1" * 5000 + b"}", {},
      r"x\.jsonl:1 holds a number of too many digits; mend"),
     ("half a surrogate", "x.jsonl", GOOD + rb'{"question": "q\ud800", "answer": "a"}', {},
@@ -86,7 +86,7 @@ MALFORMED: list[tuple[str, str, Any, dict[str, Any], str]] = [
     ("null in parquet", "x.parquet", parquet({"question": ["q", "q"], "answer": ["a", None]}), {},
      r"x\.parquet, row 2 lacks the key `answer` of the format question_answer \(keys: question\); mend the row"),
     ("numbers in parquet", "x.parquet", parquet({"question": ["q"], "answer": [4]}), {},
-     r"x\.parquet, row 1: `answer` is of type int; it must be a string"),
+     r"x\.parquet, row 1: `answer` is of type int; make it a string"),
     ("damaged dataset", "d", damaged_dataset, {}, r"d is not a whole `datasets` folder \(.*\); save it again"),
     ("folder of nothing", "d", lambda path: path.mkdir(), {},
      r"d holds no file that ends in \.jsonl, .*; put one there"),
@@ -96,21 +96,21 @@ MALFORMED: list[tuple[str, str, Any, dict[str, Any], str]] = [
     ("empty answer", "x.jsonl", GOOD + b'{"question": "q", "answer": " "}\n', {},
      r"x\.jsonl:2: `answer` is empty; fill it in or remove it; data\.filter\.drop_empty_answers"),
     ("null answer", "x.jsonl", GOOD + b'{"question": "q", "answer": null}\n', {},
-     r"x\.jsonl:2: `answer` is of type NoneType; it must be a string"),
+     r"x\.jsonl:2: `answer` is of type NoneType; make it a string"),
     ("no known keys", "x.jsonl", b'{"body": "b"}\n', {},
      r"x\.jsonl:1 fits no known format \(keys: body\); map its keys"),
     ("unknown role", "x.jsonl", chat(USER, {"role": "narrator", "content": "x"}), {},
      r"x\.jsonl:1: messages\[1\] has the role 'narrator'; use one of system, developer, user, assistant, tool"),
     ("message as text", "x.jsonl", chat(USER, "yo"), {},
-     r"x\.jsonl:1: messages\[1\] is not an object; give it a `role`"),
+     r"x\.jsonl:1: messages\[1\] is not an object; give it `role` and `content`"),
     ("no assistant", "x.jsonl", chat(USER), {}, r"x\.jsonl:1 has no assistant message to learn from; add one"),
     ("messages in csv", "x.csv", b'messages\n"[{""role"": ""user"""\n', {},
      r"x\.csv:2: `messages` is not JSON \(.*\); mend the list"),
     ("sharegpt speaker", "x.jsonl", b'{"conversations": [{"from": "alien", "value": "x"}]}', {},
      r"x\.jsonl:1: conversations\[0\] has the role 'alien'; use one of human, gpt,"),
     ("sharegpt without value", "x.jsonl", b'{"conversations": [{"from": "human", "text": "x"}]}', {},
-     r"x\.jsonl:1: conversations\[0\]: `value` is of type NoneType; it must be a string"),
-    ("text of a number", "x.jsonl", b'{"text": 3}', {}, r"x\.jsonl:1: `text` is of type int; it must be a string"),
+     r"x\.jsonl:1: conversations\[0\]: `value` is of type NoneType; make it a string"),
+    ("text of a number", "x.jsonl", b'{"text": 3}', {}, r"x\.jsonl:1: `text` is of type int; make it a string"),
     ("unknown column", "x.jsonl", GOOD, {"fields": {"prompt": "q", "completion": "answer"}},
      r"x\.jsonl:1 lacks the column `q` that data\.fields\.prompt names \(columns: answer, question\); mend either"),
     ("broken mapping", "x.jsonl", GOOD, {"fields": {"prompt": "{question", "completion": "answer"}},
@@ -124,7 +124,7 @@ MALFORMED: list[tuple[str, str, Any, dict[str, Any], str]] = [
     ("all too few tokens", "x.jsonl", GOOD * 3, {"filter": {"min_tokens": 99}},
      r"data\.train: no row is left of 3, with data\.max_length=2048 tokens \(3 too_short\); raise data\.max_length"),
     ("all bad", "x.jsonl", b"oops\n" * 3, {"on_bad_row": "skip"},
-     r"x\.jsonl holds no row that can be read; the first: .*x\.jsonl:1 is not JSON"),
+     r"data\.train: .*x\.jsonl holds no row that can be read; mend its rows, .* the first: .*x\.jsonl:1 is not JSON"),
     ("template refuses", "x.jsonl", chat(USER, ANSWER, {"role": "tool", "content": "t"}), {"chat_template": "gemma"},
      r"x\.jsonl:1: the chat template of .* refuses these messages \(gemma knows the roles .*\); mend the row"),
 ]  # fmt: skip
@@ -152,7 +152,7 @@ def test_malformed_input_ends_in_one_sentence(
         prepare_data(DataConfig(train=str(path), **settings), tokenizer, 0)
     message = caught.value.message
     assert "\n" not in message
-    assert message.endswith(".")
+    assert "; " in message
     assert name in message or "data." in message
 
 

@@ -45,7 +45,7 @@ def test_max_rows_stops_before_a_later_malformed_line(tmp_path: Path) -> None:
         (b'{"a": 1}\n{"a": \n', r"x\.jsonl:2 is not JSON \(.* at column \d+\); put one whole JSON object"),
         (b'{"a": 1}\n["b"]\n', r"x\.jsonl:2 is a list, not a JSON object"),
         (b"3\n", r"x\.jsonl:1 is a bare value, not a JSON object"),
-        (b'{"a": 1}\n\n{"a": "\xff"}\n', r"x\.jsonl:3 is not UTF-8 \(byte 7\); save the file as UTF-8"),
+        (b'{"a": 1}\n\n{"a": "\xff"}\n', r"x\.jsonl:3 is not UTF-8 \(byte 7 of the line\); save the file as UTF-8"),
         (b"", r"x\.jsonl holds no rows; put one JSON object on each line"),
         (b"\n \n", r"x\.jsonl holds no rows"),
     ],
@@ -114,7 +114,7 @@ def test_undetectable_lists_keys_and_formats() -> None:
     assert caught.value.message == (
         "x.jsonl:7 fits no known format (keys: body, id); map its keys with data.fields, or use those of messages "
         "(messages), alpaca (instruction/output), prompt_completion (prompt/completion), question_answer "
-        "(question/answer or instruction/response), sharegpt (conversations), text (text)."
+        "(question/answer or instruction/response), sharegpt (conversations), text (text)"
     )
 
 
@@ -129,8 +129,8 @@ def test_messages_of_a_prompt_bear_no_loss_even_the_assistants() -> None:
     [
         ({"question": "q"}, "question_answer", r"lacks the key `answer` of the format question_answer \(keys: quest"),
         ({"instruction": "q"}, "alpaca", r"lacks the key `output`"),
-        ({"instruction": "q", "input": 3, "output": "o"}, "alpaca", r"`input` is of type int; it must be a string"),
-        ({"question": "q", "answer": 4}, "question_answer", r"`answer` is of type int; it must be a string"),
+        ({"instruction": "q", "input": 3, "output": "o"}, "alpaca", r"`input` is of type int; make it a string"),
+        ({"question": "q", "answer": 4}, "question_answer", r"`answer` is of type int; make it a string"),
         ({"question": "q", "answer": " \n"}, "question_answer", r"`answer` is empty; fill it in or remove it"),
         ({"prompt": "p", "completion": CHAT}, "prompt_completion", r"prompt and completion differ in kind"),
         ({"messages": "hi"}, "messages", r"`messages` must be a non-empty list"),

@@ -229,15 +229,15 @@ def hub() -> Iterator[str]:
 def test_hub_offline(tmp_path: Path) -> None:
     sentence = hub_sentence(tmp_path, "owner/name", HF_HUB_OFFLINE="1")
     assert sentence.startswith("data.train: owner/name does not exist here, and the hub cannot be reached (")
-    assert sentence.endswith("or download the dataset where there is a network and give its folder.")
+    assert sentence.endswith("or download the dataset where there is a network and give its folder")
 
 
 def test_hub_missing_and_gated(tmp_path: Path, hub: str) -> None:
     assert hub_sentence(tmp_path, "owner/name", HF_ENDPOINT=hub) == (
         "data.train: owner/name is neither a path here nor a dataset that the hub shows you; mend the name, or set "
-        "HF_TOKEN if it is private."
+        "HF_TOKEN if it is private"
     )
     assert hub_sentence(tmp_path, "owner/gated", HF_ENDPOINT=hub) == (
         "data.train: the hub dataset owner/gated is gated; accept its conditions on the hub, then run `hf auth login` "
-        "or set HF_TOKEN."
+        "or set HF_TOKEN"
     )

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from qlora_dist.config.catalogue import CATALOGUE, told
+from qlora_dist.config.catalogue.entry import plain_facts
+from qlora_dist.config.redact import redact
 
 
 class UserError(Exception):
@@ -15,14 +16,15 @@ class UserError(Exception):
 
     Args:
         code: the error's code in the catalogue.
-        facts: what the catalogue's texts leave open.
+        facts: what the catalogue's texts leave open; kept as numbers and one-line texts.
     """
 
     def __init__(self, code: str, /, **facts: object):
-        self.code, self.facts = code, facts
-        self.message = told(code, **facts) if code in CATALOGUE or facts else code
+        self.code = code
+        self.facts = plain_facts(facts)
+        self.message = redact(told(code, **self.facts)) if code in CATALOGUE or facts else code
         super().__init__(self.message)
 
-    def __reduce__(self) -> tuple[Callable[[], "UserError"], tuple[Any, ...]]:
-        # It crosses from processes that tokenise; the default would take the sentence for a code and lose the facts.
+    def __reduce__(self) -> tuple[Callable[[], "UserError"], tuple[()]]:
+        # It crosses from processes that tokenise and from workers; the default would take the sentence for a code.
         return partial(type(self), self.code, **self.facts), ()

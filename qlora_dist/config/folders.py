@@ -32,11 +32,7 @@ def folder_lock(target: Path) -> Iterator[None]:
         lock = FileLock(target.parent / f".{target.name}.lock")
         lock.acquire()
     except PermissionError as error:
-        raise UserError(
-            f"{target.parent} cannot be written ({error.strerror}); choose another folder "
-            "(QLORA_DIST_CACHE for converted models and tokens, data.cache_dir for tokens alone, "
-            "model.cache_quantized for the quantised base)."
-        ) from error
+        raise UserError("cache-not-writable", folder=target.parent, error=error.strerror) from error
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.redact import redact, redact_tree
 from qlora_dist.config.schema import RunConfig
+from qlora_dist.config.yaml_text import read_yaml
 
 Location = tuple[str | int, ...]
 # What people who come from axolotl, TRL or PEFT write, and our name for it.
@@ -57,7 +58,7 @@ def validate(values: dict[str, Any], sources: dict[Location, str] | None = None,
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError(redact(_sentence(error.errors(include_url=False), sources or {}, origin))) from None
+        raise _mistake(error.errors(include_url=False), sources or {}, origin) from None
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -93,45 +94,21 @@ def from_yaml(text: str, origin: str = "config.yaml") -> RunConfig:
     return validate(yaml.safe_load(text), origin=origin)
 
 
-class _LineLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses a key written twice, which YAML would silently let win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is written twice; remove one", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
-        hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file"
-        raise UserError(f"{path}: there is no such file; {hint}") from None
+        if near:
+            raise UserError("config-misspelt", path=path, nearest=path.parent / near[0]) from None
+        raise UserError("config-missing", path=path) from None
     except IsADirectoryError:
-        raise UserError(f"{path} is a folder; give the path of a YAML file in it") from None
-    except (PermissionError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); it must be a readable UTF-8 YAML file") from None
-    loader = _LineLoader(text)
-    try:
-        node = loader.get_single_node()
-        values = loader.construct_document(node) if node is not None else None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark else str(path)
-        what = getattr(error, "problem", None) or "not valid YAML"
-        raise UserError(f"{where}: {what}; mend the YAML there") from None
-    finally:
-        loader.dispose()
+        raise UserError("config-is-folder", path=path) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("config-unreadable", path=path, error=getattr(error, "strerror", error)) from None
+    values, node = read_yaml(text, lambda line: f"{path}, line {line}")
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no settings; write a mapping such as 'model: {{name: ...}}'")
+        raise UserError("config-empty", path=path)
     return values, dict(_key_lines(node, ()))
 
 
@@ -147,23 +124,20 @@ def _apply_override(values: dict[str, Any], override: str) -> Location:
     name, equals, text = override.partition("=")
     keys = name.split(".")
     if not equals or not all(keys):
-        raise UserError(f"{override!r} is no override; write section.field=value, such as train.max_steps=50")
-    try:
-        value = yaml.safe_load(text) if text.strip() else None
-    except yaml.YAMLError:
-        raise UserError(f"{override!r}: the value is not valid YAML; quote it") from None
+        raise UserError("override-form", override=override)
+    value, _ = read_yaml(text, lambda _: repr(override))
     for depth, key in enumerate(keys[:-1]):
         inner = values.setdefault(key, {})
         if inner is None:
             inner = values[key] = {}
         if not isinstance(inner, dict):
-            raise UserError(f"{override!r}: {'.'.join(keys[: depth + 1])} is a value, not a section; name its field")
+            raise UserError("override-into-value", override=override, setting=".".join(keys[: depth + 1]))
         values = inner
     values[keys[-1]] = value
     return tuple(keys)
 
 
-def _sentence(errors: Sequence[Any], sources: dict[Location, str], origin: str) -> str:
+def _mistake(errors: Sequence[Any], sources: dict[Location, str], origin: str) -> UserError:
     error = errors[0]
     location = _location(error)
     dotted = ".".join(str(part) for part in location)
@@ -172,15 +146,22 @@ def _sentence(errors: Sequence[Any], sources: dict[Location, str], origin: str) 
     )
     kind, given = error["type"], error.get("input")
     if kind == "extra_forbidden":
-        return f"{dotted} is not a setting ({where}); {_nearest(location)}"
+        section, nearest = _nearest(location)
+        if nearest is not None:
+            return UserError("setting-misspelt", setting=dotted, where=where, nearest=nearest)
+        return UserError("setting-unknown", setting=dotted, where=where, settings=", ".join(section.model_fields))
     if kind == "missing":
-        return f"{dotted} is missing ({origin}); add it"
+        return UserError("setting-missing", setting=dotted, where=origin)
     if kind == "value_error" and not location:
-        return str(error["ctx"]["error"])
+        # What `schema.contradictions` found.
+        (contradiction,) = error["ctx"]["error"].args
+        assert isinstance(contradiction, UserError)
+        return contradiction
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{dotted or 'the file'} is a section ({where}); write its fields below it, each on a line of its own"
+        return UserError("setting-is-section", setting=dotted or "the file", where=where)
     branches = [_demand(other) for other in errors if _location(other) == location]
-    return f"{dotted} is {_shown(given)} ({where}); it must be {' or '.join(dict.fromkeys(branches))}"
+    demand = " or ".join(dict.fromkeys(branches))
+    return UserError("setting-value", setting=dotted, given=_shown(given), where=where, demand=demand)
 
 
 def _location(error: Any) -> Location:
@@ -216,7 +197,8 @@ def _section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
     return None
 
 
-def _nearest(location: Location) -> str:
+def _nearest(location: Location) -> tuple[type[BaseModel], str | None]:
+    """The section in which an unknown setting was written, and the setting that was meant, if one is near."""
     section: type[BaseModel] = RunConfig
     for part in location[:-1]:
         section = _section(section, str(part)) or section
@@ -224,16 +206,14 @@ def _nearest(location: Location) -> str:
     here = difflib.get_close_matches(unknown, section.model_fields, n=1, cutoff=0.75)
     every = {name.rpartition(".")[2]: name for name in setting_names()} | SYNONYMS
     if here:
-        return f"did you mean {prefix + '.' if prefix else ''}{here[0]}?"
+        return section, f"{prefix + '.' if prefix else ''}{here[0]}"
     if unknown in every:
-        return f"did you mean {every[unknown]}?"
+        return section, every[unknown]
     near = difflib.get_close_matches(unknown, section.model_fields, n=1, cutoff=0.5)
     anywhere = difflib.get_close_matches(unknown, every, n=1, cutoff=0.6)
     if near:
-        return f"did you mean {prefix + '.' if prefix else ''}{near[0]}?"
-    if anywhere:
-        return f"did you mean {every[anywhere[0]]}?"
-    return f"the settings there are {', '.join(section.model_fields)}"
+        return section, f"{prefix + '.' if prefix else ''}{near[0]}"
+    return section, every[anywhere[0]] if anywhere else None
 
 
 def setting_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from qlora_dist.config.errors import UserError
 from qlora_dist.config.redact import holds_credentials, redact
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -293,7 +294,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> "RunConfig":
         for problem in contradictions(self):
-            raise ValueError(problem)
+            raise ValueError(problem)  # pydantic wants this class; `load.validate` takes the UserError out again
         return self
 
     @property
@@ -317,77 +318,62 @@ class RunConfig(Section):
         return "none" if self.launch.num_workers == 1 else "ddp"
 
 
-def contradictions(config: RunConfig) -> Iterator[str]:
-    """Sentences for the values that cannot hold together, each naming the fields and the mend."""
+def contradictions(config: RunConfig) -> Iterator[UserError]:
+    """What is wrong with values that cannot hold together."""
     train, data, evaluation, launch, adapter = config.train, config.data, config.eval, config.launch, config.adapter
     workers = launch.num_workers
     if train.max_steps is not None and train.num_train_epochs is not None:
-        yield "train.max_steps and train.num_train_epochs are both set; remove one of them"
+        yield UserError("steps-and-epochs")
     if train.warmup_steps and train.warmup_ratio:
-        yield "train.warmup_steps and train.warmup_ratio are both set; remove one of them"
+        yield UserError("warmup-twice")
     if train.max_steps is not None and train.warmup_steps > train.max_steps:
-        yield (
-            f"train.warmup_steps ({train.warmup_steps}) is more than train.max_steps ({train.max_steps}); "
-            "the learning rate would never reach its peak, so lower it"
-        )
+        yield UserError("warmup-too-long", warmup_steps=train.warmup_steps, max_steps=train.max_steps)
     if train.global_batch_size is not None and train.gradient_accumulation_steps is not None:
         product = train.per_device_train_batch_size * train.gradient_accumulation_steps * workers
         if product != train.global_batch_size:
-            yield (
-                f"train.global_batch_size is {train.global_batch_size}, but train.per_device_train_batch_size x "
-                f"train.gradient_accumulation_steps x launch.num_workers is {product}; "
-                "remove train.gradient_accumulation_steps, which follows from the other two"
-            )
+            yield UserError("global-batch-factors", global_batch_size=train.global_batch_size, product=product)
     if train.per_device_train_batch_size > config.global_batch_size:
-        yield (
-            f"train.per_device_train_batch_size ({train.per_device_train_batch_size}) is more than "
-            f"train.global_batch_size ({config.global_batch_size}); lower the first or raise the second"
-        )
+        per_device, together = train.per_device_train_batch_size, config.global_batch_size
+        yield UserError("micro-batch-over-global", per_device=per_device, global_batch_size=together)
     for field in ("train", "eval"):
         if (source := getattr(data, field)) is not None and holds_credentials(source):
-            yield (
-                f"data.{field} holds credentials ({redact(source)}); take them out and set them in the environment, "
-                "such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            )
+            yield UserError("source-with-credentials", field=field, source=redact(source))
     if data.eval is not None and data.eval_split:
-        yield "data.eval and data.eval_split are both set; remove one of them"
+        yield UserError("held-out-twice")
     if data.eval_split > 1 and data.eval_split != int(data.eval_split):
-        yield f"data.eval_split is {data.eval_split}; give a share below 1 or a whole number of rows"
+        yield UserError("held-out-share", eval_split=data.eval_split)
     for unit in ("chars", "tokens"):
         low, high = getattr(data.filter, f"min_{unit}"), getattr(data.filter, f"max_{unit}")
         if low is not None and high is not None and low > high:
-            yield f"data.filter.min_{unit} ({low}) is more than data.filter.max_{unit} ({high}); no row could pass"
+            yield UserError("filter-passes-nothing", unit=unit, low=low, high=high)
     if data.eval is None and not data.eval_split:
         for field in ("eval_steps", "early_stopping_patience", "load_best_model_at_end", "sample_prompts"):
             if getattr(evaluation, field):
-                yield f"eval.{field} is set but there are no held-out rows; set data.eval or data.eval_split"
+                yield UserError("nothing-held-out", field=field)
     for field in ("early_stopping_patience", "load_best_model_at_end"):
         if getattr(evaluation, field) and evaluation.eval_steps is None:
-            yield f"eval.{field} needs evaluations during training; set eval.eval_steps"
+            yield UserError("no-evaluations", field=field)
     if evaluation.load_best_model_at_end and config.checkpoint.keep_best == 0:
-        yield "eval.load_best_model_at_end needs the best checkpoint; set checkpoint.keep_best to 1 or more"
+        yield UserError("best-not-kept")
     if adapter.path is not None:
         for name, info in AdapterConfig.model_fields.items():
             if name != "path" and getattr(adapter, name) != info.get_default(call_default_factory=True):
-                yield f"adapter.path brings its own shape, so adapter.{name} would be ignored; remove one of them"
+                yield UserError("adapter-shape-ignored", field=name)
     if adapter.loftq_config is not None and adapter.init_lora_weights != "loftq":
-        yield "adapter.loftq_config is set but adapter.init_lora_weights is not loftq; set it or remove loftq_config"
+        yield UserError("loftq-not-chosen")
     if adapter.layers_pattern is not None and adapter.layers_to_transform is None:
-        yield "adapter.layers_pattern is set without adapter.layers_to_transform; set that too or remove it"
+        yield UserError("layers-pattern-alone")
     if adapter.changes_base and (config.model.quantization == "none" or config.model.cache_quantized is None):
-        yield (
-            f"adapter.init_lora_weights={adapter.init_lora_weights} changes the quantised base, which has to be kept "
-            "for the adapter to be of use; set model.cache_quantized to a folder and model.quantization to nf4 or fp4"
-        )
+        yield UserError("changed-base-not-kept", init=adapter.init_lora_weights)
     if adapter.changes_base and adapter.use_dora:
-        yield f"adapter.use_dora does not go with adapter.init_lora_weights={adapter.init_lora_weights}; remove one"
+        yield UserError("dora-with-changed-base", init=adapter.init_lora_weights)
     if config.output_dir is not None and re.match(r"[a-z][a-z0-9+.-]+:/", str(config.output_dir)):
-        yield f"output_dir is {config.output_dir}, but a run folder is on a filesystem that all nodes mount; name one"
+        yield UserError("run-folder-is-url", output_dir=config.output_dir)
     if evaluation.sample_prompts and not data.assistant_only_loss:
-        yield "eval.sample_prompts needs answers to begin somewhere; set data.assistant_only_loss to true, or it to 0"
+        yield UserError("samples-without-answers")
     if workers > 1 and config.shard.strategy == "none":
-        yield f"shard.strategy is none but launch.num_workers is {workers}; set shard.strategy to ddp or auto"
+        yield UserError("strategy-for-one-worker", workers=workers)
     if workers > 1 and launch.backend == "none":
-        yield f"launch.backend is none but launch.num_workers is {workers}; set launch.backend to ray or torchrun"
+        yield UserError("backend-for-one-worker", workers=workers)
     if launch.address is not None and launch.backend != "ray":
-        yield f"launch.address is for Ray but launch.backend is {launch.backend}; remove one of them"
+        yield UserError("address-without-ray", backend=launch.backend)

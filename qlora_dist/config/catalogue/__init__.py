@@ -1,13 +1,23 @@
 """Every error that a person can mend, by its code: the sentence and the mend. docs/errors.md is made from it."""
 
 from qlora_dist.config.catalogue.checkpoint import CHECKPOINT
+from qlora_dist.config.catalogue.configuration import CONFIGURATION
+from qlora_dist.config.catalogue.contradictions import CONTRADICTIONS
 from qlora_dist.config.catalogue.data import DATA
 from qlora_dist.config.catalogue.entry import Mendable
+from qlora_dist.config.catalogue.launching import LAUNCHING
+from qlora_dist.config.catalogue.tracking import TRACKING
+from qlora_dist.config.catalogue.training import TRAINING
 
 # In the order of docs/errors.md.
 AREAS: dict[str, dict[str, Mendable]] = {
+    "Configuration": CONFIGURATION,
+    "Settings that do not go together": CONTRADICTIONS,
+    "Launching and workers": LAUNCHING,
+    "Training": TRAINING,
     "Data": DATA,
     "Checkpoints and the run folder": CHECKPOINT,
+    "Looking at runs": TRACKING,
 }
 CATALOGUE: dict[str, Mendable] = {code: entry for area in AREAS.values() for code, entry in area.items()}
 

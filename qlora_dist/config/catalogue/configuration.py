@@ -21,7 +21,7 @@ CONFIGURATION: dict[str, Mendable] = {
     ),
     "config-not-yaml": Mendable(
         "{where}: {problem}",
-        "mend the YAML there, and quote a text that YAML takes for something else",
+        "mend the YAML there, or put quotes around what is text",
     ),
     "config-key-twice": Mendable(
         "{where}: the key {key!r} is written twice",
@@ -34,10 +34,6 @@ CONFIGURATION: dict[str, Mendable] = {
     "override-form": Mendable(
         "{override!r} is no override",
         "write section.field=value, such as train.max_steps=50",
-    ),
-    "override-value": Mendable(
-        "{override!r}: the value is not valid YAML ({problem})",
-        "quote it",
     ),
     "override-into-value": Mendable(
         "{override!r}: {setting} is a value, not a section",

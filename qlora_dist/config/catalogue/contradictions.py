@@ -70,7 +70,8 @@ CONTRADICTIONS: dict[str, Mendable] = {
         "set that too or remove adapter.layers_pattern",
     ),
     "changed-base-not-kept": Mendable(
-        "adapter.init_lora_weights={init} changes the quantised base, which has to be kept for the adapter to be of use",
+        "adapter.init_lora_weights={init} changes the quantised base, which has to be kept for the adapter to be of "
+        "use",
         "set model.cache_quantized to a folder and model.quantization to nf4 or fp4",
     ),
     "dora-with-changed-base": Mendable(

@@ -1,8 +1,11 @@
 """What a catalogued error is made of."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from string import Formatter
+
+from qlora_dist.config.catalogue.facts import first_line
+
+Fact = str | int | float
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,14 @@ class Mendable:
         return f"{self.sentence.format(**plain)}; {self.mend.format(**plain)}"
 
 
-def plain_facts(facts: dict[str, object]) -> dict[str, str | int | float]:
-    """Facts as numbers and one-line texts, which JSON holds; an exception is what it says, without its full stop."""
-    return dict(_plain(facts))
+def plain_facts(facts: dict[str, object]) -> dict[str, Fact]:
+    """Facts as numbers and texts of one line, which JSON holds; of an exception the first line of what it says."""
+    return {name: _plain(value) for name, value in facts.items()}
 
 
-def _plain(facts: dict[str, object]) -> Iterator[tuple[str, str | int | float]]:
-    for name, value in facts.items():
-        if isinstance(value, int | float):
-            yield name, value
-        else:
-            text = " ".join(line.strip() for line in str(value).splitlines())
-            if isinstance(value, BaseException):
-                text = text.rstrip(". ") or type(value).__name__
-            yield name, text
+def _plain(value: object) -> Fact:
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, BaseException):
+        return first_line(value)
+    return " ".join(line.strip() for line in str(value).splitlines())

@@ -67,7 +67,7 @@ def report(
     try:
         print(write_report(run, output))
     except OSError as error:
-        raise UserError(f"the report cannot be written ({error}); give another place with -o") from error
+        raise UserError("report-not-writable", error=error) from error
 
 
 @app.command()

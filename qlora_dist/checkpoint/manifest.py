@@ -108,10 +108,7 @@ def resolve_resume(run_dir: Path, resume: str, started_generation: int, warn: Wa
             f for f in _committed_folders(run_dir) if (parse_committed(f.name) or (0, 0))[0] <= started_generation
         ]
         if earlier:
-            raise UserError(
-                f"resume: none, but output_dir {run_dir} holds the checkpoint {earlier[0].name}; "
-                "choose another output_dir, or resume=auto to go on from it"
-            )
+            raise UserError("resume-none-over-checkpoints", run_dir=run_dir, checkpoint=earlier[0].name)
         return own
     if own is not None:
         return own
@@ -126,20 +123,14 @@ def resolve_resume(run_dir: Path, resume: str, started_generation: int, warn: Wa
 
 def _named_checkpoint(path: Path, warn: Warn) -> Path:
     if not path.is_dir():
-        raise UserError(f"resume: {path} is not a folder; give a checkpoint folder, a run folder, `auto` or `none`")
+        raise UserError("resume-no-folder", path=path)
     if (path / CHECKPOINTS).is_dir():
         newest = latest_good(path, warn)
         if newest is None:
-            raise UserError(f"resume: the run folder {path} has no good checkpoint; give another, or `none`")
+            raise UserError("resume-run-without-checkpoint", path=path)
         return newest
     if not (path / MANIFEST).exists() and parse_committed(path.name) is None:
-        raise UserError(
-            f"resume: {path} is neither a checkpoint (it has no {MANIFEST}) nor a run folder; to start from a PEFT "
-            "adapter, set adapter.path"
-        )
+        raise UserError("resume-no-checkpoint", path=path, manifest=MANIFEST)
     if problems := verify(path):
-        raise UserError(
-            f"resume: the checkpoint {path} is damaged ({'; '.join(problems)}); give another checkpoint, or the run "
-            "folder to take its newest good one"
-        )
+        raise UserError("checkpoint-damaged", path=path, problems="; ".join(problems))
     return path

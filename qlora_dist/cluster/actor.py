@@ -88,8 +88,5 @@ def start_coordinator(config: RunConfig, run_dir: Path, run_id: str) -> RayClien
         except ValueError as error:
             # A driver that was killed holds the name until Ray has noticed.
             if time.monotonic() > deadline:
-                raise UserError(
-                    f"the run in {run_dir} is already running on this Ray cluster; wait for it, stop that job, or "
-                    "choose another output_dir"
-                ) from error
+                raise UserError("run-already-running", run_dir=run_dir) from error
             time.sleep(0.5)

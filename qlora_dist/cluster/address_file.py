@@ -42,8 +42,5 @@ def read_address(run_dir: Path, key: str, timeout_s: float) -> tuple[str, str]:
         except FileNotFoundError:
             pass
         if time.monotonic() > deadline:
-            raise UserError(
-                f"output_dir {run_dir} does not show what rank 0 has written there; choose a folder on storage that "
-                "all nodes mount, and run all workers as one user"
-            )
+            raise UserError("run-folder-stale", run_dir=run_dir)
         time.sleep(0.1)

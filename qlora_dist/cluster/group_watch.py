@@ -18,6 +18,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 
 from qlora_dist.cluster.actor import RayClient
 from qlora_dist.cluster.output import rank_log, tell
+from qlora_dist.config.errors import UserError
 
 ATTEMPT_VARIABLE = "QLORA_DIST_ATTEMPT"
 # A worker that does not answer a ping for so long is stopped or hangs (it answers from a thread of its own).
@@ -97,10 +98,7 @@ class GroupWatch(ControllerCallback, WorkerGroupCallback):
         error = current_state.training_failed_error
         cause = getattr(error, "controller_failure", error)
         if isinstance(cause, WorkerGroupStartupTimeoutError):
-            sentence = (
-                f"the {cause.num_workers} workers did not get their CPUs and GPUs within launch.start_timeout_s: "
-                "others on the Ray cluster hold them; wait, lower launch.num_workers, or raise launch.start_timeout_s"
-            )
+            sentence = UserError("cluster-busy", workers=cause.num_workers).message
             self._client.call("fail", generation=None, rank=None, kind="user", message=sentence)
             raise RunStopped(sentence, exit_code=2)
         self._ask_for_restart(f"the workers could not start: {str(cause).splitlines()[0]}", str(cause))

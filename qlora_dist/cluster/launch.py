@@ -47,10 +47,7 @@ def _run(config: RunConfig, run_dir: Path, train_name: str) -> Outcome:
     backend = config.launch.backend
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if backend == "ray":
-            raise UserError(
-                "this process is one of torchrun's workers (RANK and WORLD_SIZE are set), but launch.backend is ray; "
-                "set launch.backend=torchrun, or start the command without torchrun"
-            )
+            raise UserError("torchrun-around-ray")
         from qlora_dist.cluster.torchrun import run_as_worker
 
         return run_as_worker(config, run_dir, train_name)

@@ -24,10 +24,7 @@ def run_plain(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> Outc
         UserError: the config wants more than one worker.
     """
     if config.launch.num_workers != 1:
-        raise UserError(
-            f"launch.backend=none is one process, but launch.num_workers={config.launch.num_workers}; set it to 1, or "
-            "launch.backend to ray or torchrun"
-        )
+        raise UserError("one-process-many-workers", num_workers=config.launch.num_workers)
     client = DirectClient(Coordinator(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best))
     client.call("start_job", launcher="none", host=socket.gethostname(), pid=os.getpid())
     worker = Worker(

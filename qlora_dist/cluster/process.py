@@ -34,10 +34,7 @@ def choose_device(config: RunConfig, local_rank: int) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and count == 0):
         return torch.device("cpu")
     if local_rank >= count:
-        raise UserError(
-            f"launch.device={wanted} needs a GPU for each worker of this machine, but local rank {local_rank} finds "
-            f"{count}; start fewer workers here or set launch.device=cpu"
-        )
+        raise UserError("too-few-gpus", device=wanted, local_rank=local_rank, found=count)
     return torch.device("cuda", local_rank)
 
 

@@ -172,8 +172,7 @@ def _cluster(config: RunConfig) -> Iterator[None]:
         try:
             ray.init(address=address, **options)
         except (ConnectionError, ValueError) as error:
-            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"launch.address={address} is no Ray cluster that can be joined: {first_line}") from error
+            raise UserError("ray-not-joined", address=address, error=error) from error
     try:
         yield
     finally:
@@ -190,17 +189,11 @@ def probe_address(address: str) -> None:
         return
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdigit():
-        raise UserError(
-            f"launch.address={address} is not of the form HOST:PORT; give the address that `ray start --head` printed, "
-            "or submit the command to the cluster with `ray job submit`"
-        )
+        raise UserError("ray-address-form", address=address)
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_TIMEOUT_S).close()
     except OSError as error:
-        raise UserError(
-            f"no Ray cluster answers at launch.address={address} ({error}); start one there with `ray start --head`, "
-            "or leave launch.address out for a local one"
-        ) from error
+        raise UserError("ray-not-there", address=address, error=error) from error
 
 
 def worker_resources(config: RunConfig) -> dict[str, float]:
@@ -225,9 +218,8 @@ def check_room(config: RunConfig, resources: dict[str, float]) -> None:
         return
     needed = " and ".join(f"{amount * workers:g} {name}s" for name, amount in resources.items())
     found = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}s" for name in resources)
-    mend = "set launch.device=cpu, or lower" if "GPU" in resources else "lower"
-    raise UserError(
-        f"launch.num_workers={workers} needs {needed}, and the Ray cluster has {found} on {len(nodes)} node(s), room "
-        f"for {room} worker(s); {mend} launch.num_workers or launch.cpus_per_worker, or join a larger cluster with "
-        "launch.address"
-    )
+    if "GPU" in resources:
+        raise UserError(
+            "cluster-short-of-gpus", workers=workers, needed=needed, found=found, nodes=len(nodes), room=room
+        )
+    raise UserError("cluster-too-small", workers=workers, needed=needed, found=found, nodes=len(nodes), room=room)

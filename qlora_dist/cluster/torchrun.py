@@ -135,10 +135,7 @@ def with_world_size(config: RunConfig, world_size: int) -> RunConfig:
     if launch.num_workers == world_size:
         return config
     if "num_workers" in launch.model_fields_set:
-        raise UserError(
-            f"launch.num_workers is {launch.num_workers}, but WORLD_SIZE is {world_size}; remove launch.num_workers, "
-            "or start as many workers as it says"
-        )
+        raise UserError("world-size-differs", num_workers=launch.num_workers, world_size=world_size)
     return config.model_copy(update={"launch": launch.model_copy(update={"num_workers": world_size})})
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from qlora_dist.config.catalogue import CATALOGUE, told
 from qlora_dist.config.catalogue.entry import plain_facts
@@ -24,6 +25,15 @@ class UserError(Exception):
         self.facts = plain_facts(facts)
         self.message = redact(told(code, **self.facts)) if code in CATALOGUE or facts else code
         super().__init__(self.message)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON holds of it; `from_dict` makes it again."""
+        return {"code": self.code, "facts": self.facts}
+
+    @staticmethod
+    def from_dict(told: dict[str, Any]) -> "UserError":
+        """The error that another process raised."""
+        return UserError(told["code"], **told["facts"])
 
     def __reduce__(self) -> tuple[Callable[[], "UserError"], tuple[()]]:
         # It crosses from processes that tokenise and from workers; the default would take the sentence for a code.

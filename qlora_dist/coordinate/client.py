@@ -67,7 +67,7 @@ class HttpClient:
     def __init__(self, url: str, token: str, timeout_s: float = 120.0, patience_s: float = 300.0):
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"coordinator address {url!r} is not of the form http://HOST:PORT")
+            raise UserError("coordinator-address-form", url=url)
         self.url = url
         self._parts = parts
         self._token, self._timeout_s, self._patience_s = token, timeout_s, patience_s
@@ -114,7 +114,7 @@ class HttpClient:
 
 def _read_answer(url: str, status: int, body: bytes) -> dict[str, Any]:
     if status == 401:
-        raise UserError(f"the coordinator at {url} refuses the token; give the one that it was started with")
+        raise UserError("coordinator-token", url=url)
     try:
         answer = json.loads(body)
     except ValueError:
@@ -122,7 +122,7 @@ def _read_answer(url: str, status: int, body: bytes) -> dict[str, Any]:
     if status == 200:
         return dict(answer)
     if answer.get("kind") == "user":
-        raise UserError(answer["error"])
+        raise UserError.from_dict(answer["error"])
     raise CoordinatorError(f"the coordinator at {url} answered {status}: {answer.get('error')}")
 
 

@@ -79,17 +79,9 @@ def empty_trash(parent: Path) -> None:
 def explain(error: OSError, folder: Path) -> Exception:
     """The `UserError` for a full disk, a quota, missing permission or a file in the place of a folder; else `error`."""
     if error.errno in NO_SPACE:
-        return UserError(
-            f"output_dir {folder}: no space left to write ({error.strerror}); free space or raise the quota there, or "
-            "choose another output_dir, then run the same command again: committed checkpoints are untouched"
-        )
+        return UserError("storage-full", folder=folder, error=error.strerror)
     if error.errno in NO_ACCESS:
-        return UserError(
-            f"output_dir {folder} cannot be written ({error.strerror}); make it writable or choose another output_dir"
-        )
+        return UserError("run-folder-not-writable", folder=folder, error=error.strerror)
     if error.errno in NO_FOLDER:
-        return UserError(
-            f"output_dir {folder}: {error.filename or folder} is a file where a folder is needed; remove it or choose "
-            "another output_dir"
-        )
+        return UserError("run-folder-is-file", folder=folder, file=error.filename or folder)
     return error

@@ -77,16 +77,11 @@ class EventLog:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
-                    raise UserError(
-                        f"{self.path} has been locked for {self.lock_timeout_s:.0f} s by {holder}, which may be "
-                        "stopped; end that process and run the same command again"
-                    ) from None
+                    seconds = self.lock_timeout_s
+                    raise UserError("event-log-locked", path=self.path, seconds=seconds, holder=holder) from None
             except OSError as error:
                 if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-                    raise UserError(
-                        f"output_dir {self.path.parent} is on a filesystem without file locks ({error.strerror}); "
-                        "mount it with locks (Lustre: -o flock) or choose another output_dir"
-                    ) from error
+                    raise UserError("no-file-locks", folder=self.path.parent, error=error.strerror) from error
                 raise
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.05)

@@ -116,7 +116,7 @@ def read_status(run_dir: Path | str) -> dict[str, Any]:
     try:
         info = read_run(run_dir)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"there is no run in {run_dir}; give the output_dir of a run") from error
+        raise UserError("no-run", folder=run_dir) from error
     run = Run()
     for event in EventLog(run_dir / EVENTS_FILE).read_new():
         run.apply(event)

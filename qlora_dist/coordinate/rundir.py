@@ -82,9 +82,7 @@ def read_run(run_dir: Path) -> RunInfo:
         fields = json.loads(text)
         return RunInfo(fields["run_id"], fields["nonce"], fields["created"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{run_dir / RUN_FILE} is damaged; choose another output_dir, and name this one in resume to go on from it"
-        ) from error
+        raise UserError("run-file-damaged", file=run_dir / RUN_FILE) from error
 
 
 def check_shared(run_dir: Path, nonce: str, wait_s: float = 30.0) -> None:
@@ -107,10 +105,8 @@ def check_shared(run_dir: Path, nonce: str, wait_s: float = 30.0) -> None:
             pass
         if found == nonce:
             return
-        if found is not None or time.monotonic() > deadline:
-            what = "another run's folder" if found is not None else "no run folder"
-            raise UserError(
-                f"output_dir {run_dir} is not shared: host {socket.gethostname()} sees {what} there; choose a folder "
-                "on storage that all nodes mount"
-            )
+        if found is not None:
+            raise UserError("run-folder-of-another-run", run_dir=run_dir, host=socket.gethostname())
+        if time.monotonic() > deadline:
+            raise UserError("run-folder-not-seen", run_dir=run_dir, host=socket.gethostname())
         time.sleep(0.2)

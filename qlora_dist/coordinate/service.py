@@ -119,7 +119,7 @@ class CoordinatorService:
         try:
             return 200, self._coordinator.handle(method, **arguments)
         except UserError as error:
-            return 422, {"error": error.message, "kind": "user"}
+            return 422, {"error": error.to_dict(), "kind": "user"}
         except ValueError as error:
             return 400, {"error": f"{method}: {error}", "kind": "error"}
         except Exception as error:

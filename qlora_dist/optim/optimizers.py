@@ -153,10 +153,7 @@ def load_optimizer_state(
     for full_name, value in (*tensors.items(), *numbers.items()):
         name, _, key = full_name.rpartition("|")
         if name not in stored:
-            raise UserError(
-                f"the checkpoint holds optimizer state of {name}, which this adapter does not train; "
-                "resume with the adapter settings of the checkpoint"
-            )
+            raise UserError("optimizer-state-extra", name=name)
         stored[name][key] = value
     for name, parameter, place in _in_groups(optimizer, parameters):
         if not stored[name]:
@@ -166,7 +163,7 @@ def load_optimizer_state(
             _load_into_bitsandbytes(optimizer, name, parameter, place, stored[name], bits)
         else:
             if "state1" in stored[name]:
-                raise _other_optimizer(name)
+                raise UserError("optimizer-state-format", name=name)
             optimizer.state[parameter] = {
                 key: value.clone() if isinstance(value, Tensor) and value.dim() == 0 else _like(value, parameter)
                 for key, value in stored[name].items()
@@ -184,22 +181,15 @@ def _load_into_bitsandbytes(
     _init_state(optimizer, parameter, place, in_8bit)
     state = optimizer.state[parameter]
     if stored.keys() != state.keys() - CONSTANT_KEYS:
-        raise _other_optimizer(name)
+        raise UserError("optimizer-state-format", name=name)
     for key, value in stored.items():
         if not isinstance(value, Tensor):
             state[key] = int(value)
         elif value.dtype != state[key].dtype or value.shape != state[key].shape:
-            raise _other_optimizer(name)
+            raise UserError("optimizer-state-format", name=name)
         else:
             state[key].copy_(value)
 
 
 def _like(value: Any, parameter: nn.Parameter) -> Any:
     return value.to(parameter.device).clone() if isinstance(value, Tensor) else value
-
-
-def _other_optimizer(name: str) -> UserError:
-    return UserError(
-        f"the checkpoint's optimizer state of {name} has another format; set train.optim to what the checkpoint's "
-        "config.yaml says, or start a new output_dir"
-    )

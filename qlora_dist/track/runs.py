@@ -75,7 +75,7 @@ def find_runs(folder: Path) -> list[Path]:
         return [folder]
     found = [path.parent for path in folder.glob(f"*/{RUN_FILE}")]
     if not found:
-        raise UserError(f"there is no run in {folder}; give the folder that holds your run folders (runs by default)")
+        raise UserError("no-runs", folder=folder)
     return sorted(found, key=lambda path: (path / RUN_FILE).stat().st_mtime)
 
 

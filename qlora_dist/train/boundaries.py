@@ -35,9 +35,8 @@ def check_document_boundaries(model: nn.Module, flat: bool, compute_dtype: torch
     adapted: Any = model
     base: Any = adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted
     name = type(base).__name__
-    mend = "set data.packing=false"
     if "position_ids" not in inspect.signature(base.forward).parameters:
-        raise UserError(f"data.packing: {name} takes no position ids, by which documents are kept apart; {mend}")
+        raise UserError("packing-without-positions", model=name)
     first, second = np.arange(DOCUMENT_TOKENS), np.arange(DOCUMENT_TOKENS) + DOCUMENT_TOKENS
 
     def second_logits(first: np.ndarray, second: np.ndarray) -> torch.Tensor:
@@ -57,4 +56,4 @@ def check_document_boundaries(model: nn.Module, flat: bool, compute_dtype: torch
         from_before = (second_logits(first[::-1] + 20, second) - logits_TV).abs().max()
         from_itself = (second_logits(first, np.append(second[:1] + 20, second[1:])) - logits_TV).abs().max()
     if from_before > LEAK * from_itself:
-        raise UserError(f"data.packing: {name} lets the documents of a pack see each other; {mend}")
+        raise UserError("packing-leaks", model=name)

@@ -159,11 +159,7 @@ class Loop:
         progress.bad_steps = progress.bad_steps + 1 if bad else 0
         if progress.bad_steps >= self.config.train.max_bad_steps:
             self.log()
-            raise UserError(
-                f"the loss or its gradient was not finite in {progress.bad_steps} steps in a row, up to step "
-                f"{progress.step} (train.max_bad_steps); lower train.learning_rate or look at the data of these steps. "
-                "The last checkpoint is from before them"
-            )
+            raise UserError("loss-not-finite", bad_steps=progress.bad_steps, step=progress.step)
 
     def log(self) -> None:
         """Write one record for each step since the last call; the one place where the host waits for the device."""

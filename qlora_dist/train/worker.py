@@ -81,7 +81,7 @@ def train(config: RunConfig, worker: Worker) -> None:
     except UserError as error:
         report(worker, generation, "user", error.message, heartbeat)
     except torch.OutOfMemoryError as error:
-        report(worker, generation, "user", out_of_memory(error, config, worker), heartbeat)
+        report(worker, generation, "user", out_of_memory(error, config, worker).message, heartbeat)
     except Fenced:
         # Another attempt has taken this one's place: whatever is said now would be said of that one.
         raise
@@ -187,15 +187,13 @@ def leave_process_group(worker: Worker, failed: bool) -> None:
         dist.destroy_process_group()
 
 
-def out_of_memory(error: torch.OutOfMemoryError, config: RunConfig, worker: Worker) -> str:
-    """The sentence for a GPU that is too small for the run."""
-    first_line = str(error).splitlines()[0]
-    return (
-        f"rank {worker.rank} ran out of memory on {worker.device} ({first_line}); lower "
-        f"train.per_device_train_batch_size ({config.train.per_device_train_batch_size}), "
-        f"eval.per_device_eval_batch_size ({config.eval.per_device_eval_batch_size}) or data.max_length "
-        f"({config.data.max_length}), or set train.gradient_checkpointing=true; the global batch need not change"
-    )
+def out_of_memory(error: torch.OutOfMemoryError, config: RunConfig, worker: Worker) -> UserError:
+    """The error of a GPU that is too small for the run."""
+    return UserError(
+        "out-of-memory", rank=worker.rank, device=worker.device, error=error,
+        train_batch=config.train.per_device_train_batch_size, eval_batch=config.eval.per_device_eval_batch_size,
+        max_length=config.data.max_length,
+    )  # fmt: skip
 
 
 def agree(worker: Worker, value: Any) -> Any:
@@ -244,11 +242,10 @@ def resume(checkpoint: Path, strategy: Strategy, identity: dict[str, Any]) -> Pr
     saved = snapshot.state["identity"]
     for name, value in identity.items():
         if saved.get(name) != value:
-            shown = "other content" if len(str(value)) > 40 else f"{saved.get(name)} instead of {value}"
-            raise UserError(
-                f"{checkpoint} was made with a different {name} ({shown}), so this run cannot go on from it; "
-                f"put {name} back as it was, or choose another output_dir"
-            )
+            if len(str(value)) > 40:  # a checksum, which says nothing to a person
+                raise UserError("checkpoint-content-differs", checkpoint=checkpoint, setting=name)
+            was = saved.get(name)
+            raise UserError("checkpoint-value-differs", checkpoint=checkpoint, setting=name, saved=was, value=value)
     strategy.load_full_state(FullState(snapshot.adapter, snapshot.optimizer, snapshot.optimizer_scalars))
     return Progress.from_dict(snapshot.state["progress"])
 

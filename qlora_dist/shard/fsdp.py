@@ -19,7 +19,7 @@ from qlora_dist.optim.optimizers import CONSTANT_KEYS, init_optimizer_state, loa
 from qlora_dist.shard.flat import BLOCK, FLAT, FlatAdapter, Segment
 from qlora_dist.shard.frozen import BYTES, FrozenUnit
 from qlora_dist.shard.strategy import FullState, OptimizerFactory
-from qlora_dist.shard.units import Unit, base_of, find_units
+from qlora_dist.shard.units import Unit, base_of, call_through_hooks, find_units
 
 
 class ShardedUnit:
@@ -104,7 +104,7 @@ class FullyShard:
             self._fully_shard(unit)
         self.root: Any = self.units[-1].fsdp
         self._set_prefetch([unit.fsdp for unit in self.units[:-1]])
-        _call_through_hooks(model, base)
+        call_through_hooks(model, base)
         pieces: dict[str, nn.Parameter] = {}
         for unit in self.units:
             if unit.adapter is not None:
@@ -314,10 +314,3 @@ def _view_hook(unit: ShardedUnit) -> Callable[..., None]:
             unit.adapter.set_views()
 
     return set_views
-
-
-def _call_through_hooks(model: nn.Module, base: nn.Module) -> None:
-    # PEFT calls the base's `forward` by name, past the hooks that gather the root.
-    if model is not base:
-        tuner: Any = model.base_model
-        tuner.forward = base.__call__

@@ -48,6 +48,9 @@ class ModelConfig(Section):
         None, description="Folder to keep the quantised base in; stock transformers loads it. Reused when present."
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    fused: Literal["auto", "on", "off"] = Field(
+        "auto", description="Decoder layers and loss as fused kernels: `auto` on a GPU; off is transformers' and PEFT's."
+    )
 
 
 def _init_name(name: str) -> str:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,7 +116,11 @@ class FrozenUnit:
                 del owner._parameters[name]
                 owner.__dict__[name] = tensor.weight
                 if isinstance(owner, nn.Linear) and name == "weight":
-                    owner.__dict__["forward"] = _linear_forward(owner, tensor, self)
+                    owner.__dict__["current_weight"] = partial(self.current, tensor)
+                    forward = _linear_forward(owner, tensor)
+                    # A fused head wraps whatever the plain forward is.
+                    with_loss = owner.__dict__.get("with_loss")
+                    owner.__dict__["forward"] = forward if with_loss is None else with_loss(forward)
 
     def bytes_now(self) -> Tensor:
         """The parameter as it stands: all bytes while the unit is gathered."""
@@ -172,18 +177,14 @@ class _FrozenLinear(torch.autograd.Function):
         return grad @ ctx.weight().to(grad.dtype), None, None
 
 
-def _linear_forward(layer: Any, tensor: FrozenTensor, unit: FrozenUnit) -> Callable[[Tensor], Tensor]:
+def _linear_forward(layer: Any, tensor: FrozenTensor) -> Callable[[Tensor], Tensor]:
     if not is_4bit(tensor.weight):
-
-        def dense() -> Tensor:
-            return unit.current(tensor)
-
-        return lambda x: _FrozenLinear.apply(x.to(tensor.weight.dtype), dense, layer.bias)
+        return lambda x: _FrozenLinear.apply(x.to(tensor.weight.dtype), layer.current_weight, layer.bias)
 
     from bitsandbytes.functional import dequantize_4bit
 
     def dequantised() -> Tensor:
-        weight: Any = unit.current(tensor)
+        weight: Any = layer.current_weight()
         return dequantize_4bit(weight.data, weight.quant_state)
 
     def forward(x: Tensor) -> Tensor:

@@ -342,9 +342,9 @@ def contradictions(config: RunConfig) -> Iterator[UserError]:
         if (source := getattr(data, field)) is not None and holds_credentials(source):
             yield UserError("source-with-credentials", field=field, source=redact(source))
     if data.eval is not None and data.eval_split:
-        yield UserError("held-out-twice")
+        yield UserError("eval-twice")
     if data.eval_split > 1 and data.eval_split != int(data.eval_split):
-        yield UserError("held-out-share", eval_split=data.eval_split)
+        yield UserError("eval-split-fraction", eval_split=data.eval_split)
     for unit in ("chars", "tokens"):
         low, high = getattr(data.filter, f"min_{unit}"), getattr(data.filter, f"max_{unit}")
         if low is not None and high is not None and low > high:

@@ -12,7 +12,7 @@ def rank_one_lacks_the_data(rank: int) -> None:
     from qlora_dist.train import worker
 
     def missing(*args):
-        raise UserError("data.train: rows.jsonl is not on this node; copy it there")
+        raise UserError("source-missing", field="data.train", place="rows.jsonl", kinds="a file")
 
     if rank == 1:
         worker.prepare_data = missing
@@ -39,7 +39,7 @@ def test_in_setup(tiny_model: Path, tmp_path: Path) -> None:
     started = time.monotonic()
     (outcome,) = train_in_group([config_of_two(tmp_path, tiny_model)], 2, rank_one_lacks_the_data)
     assert (outcome["exit_code"], outcome["rank"]) == (2, 1)
-    assert "rows.jsonl is not on this node" in outcome["message"]
+    assert "rows.jsonl does not exist" in outcome["message"]
     assert time.monotonic() - started < 100, "the other rank did not wait for its collective to time out"
 
 

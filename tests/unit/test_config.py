@@ -55,7 +55,7 @@ def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
         (MINIMAL, ["train.global_batch_size=2", "train.per_device_train_batch_size=4"], "lower the first"),
         (MINIMAL, ["data.filter.min_chars=3", "data.filter.max_chars=2"], "min_chars (3) is more than data.filter.max"),
         (HELD_OUT, ["data.eval_split=0.1"], "data.eval and data.eval_split are both set"),
-        (MINIMAL, ["data.eval_split=1.5"], "a share below 1 or a whole number of rows"),
+        (MINIMAL, ["data.eval_split=1.5"], "neither a share below 1 nor a whole number of rows"),
         (MINIMAL, ["eval.eval_steps=5"], "eval.eval_steps is set but there are no held-out rows"),
         (HELD_OUT, ["eval.early_stopping_patience=2"], "set eval.eval_steps"),
         (HELD_OUT, ["eval.eval_steps=5", "eval.load_best_model_at_end=true", "checkpoint.keep_best=0"], "to 1 or"),

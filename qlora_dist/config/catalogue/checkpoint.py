@@ -24,11 +24,12 @@ CHECKPOINT: dict[str, Mendable] = {
         "give another checkpoint, or the run folder to take its newest good one",
     ),
     "checkpoint-value-differs": Mendable(
-        "{checkpoint} was made with {setting}={saved} and this run has {value}, so it cannot go on from there",
+        "{checkpoint} was made with a different {setting} ({saved} instead of {value}), so this run cannot go on from "
+        "it",
         "put {setting} back as it was, or choose another output_dir",
     ),
     "checkpoint-content-differs": Mendable(
-        "{checkpoint} was made with another content of {setting}, so this run cannot go on from it",
+        "{checkpoint} was made with a different {setting} (other content), so this run cannot go on from it",
         "put {setting} back as it was, or choose another output_dir",
     ),
     "optimizer-state-extra": Mendable(

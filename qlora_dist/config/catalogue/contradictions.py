@@ -29,14 +29,6 @@ CONTRADICTIONS: dict[str, Mendable] = {
         "data.{field} holds credentials ({source})",
         "take them out and set them in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     ),
-    "held-out-twice": Mendable(
-        "data.eval and data.eval_split are both set",
-        "remove one of them",
-    ),
-    "held-out-share": Mendable(
-        "data.eval_split is {eval_split}",
-        "give a share below 1 or a whole number of rows",
-    ),
     "filter-passes-nothing": Mendable(
         "data.filter.min_{unit} ({low}) is more than data.filter.max_{unit} ({high}), so no row could pass",
         "lower the first or raise the second",

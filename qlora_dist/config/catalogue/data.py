@@ -167,7 +167,7 @@ SELECTION: dict[str, Mendable] = {
     ),
     "eval-twice": Mendable("data.eval and data.eval_split are both set", "remove one of them"),
     "eval-split-fraction": Mendable(
-        "data.eval_split={eval_split} is neither a share below 1 nor a whole number of rows", "mend it"
+        "data.eval_split={eval_split} is neither a share below 1 nor a whole number of rows", "make it one of them"
     ),
     "eval-split-takes-all": Mendable(
         "data.eval_split={eval_split} holds out {held_out} of {rows} rows and leaves none to train on", "lower it"

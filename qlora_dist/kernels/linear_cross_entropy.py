@@ -1,0 +1,104 @@
+"""The head and its loss in one: cross entropy of hidden @ weight^T, without ever holding all logits.
+
+N: trained tokens  H: hidden size  V: vocabulary  C: rows of a chunk
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qlora_dist.kernels.launch import compute_dtype
+
+if TYPE_CHECKING:
+    pass
+
+# Bytes of a chunk of logits. At a vocabulary of 128,256 in bf16 that is 2,048 rows, which fills the GPU's GEMM, and
+# the chunk stays small beside the rest of a step.
+CHUNK_BYTES = 2**29 + 2**24
+# A target that bears no loss and no gradient, as in torch.nn.functional.cross_entropy.
+IGNORED = -100
+
+
+def linear_cross_entropy(
+    hidden_NH: Tensor, weight_VH: Tensor | Callable[[], Tensor], targets_N: Tensor, chunk: int | None = None
+) -> Tensor:
+    """The sum over n of -log softmax(hidden[n] @ weight^T)[targets[n]]: a float32 scalar (float64 for float64).
+
+    The weight is frozen; a callable is asked for it once, in the forward, and it is not kept (a sharded head gathers it
+    there). GEMMs run in the weight's dtype; the gradient of hidden is computed in the same pass and kept, [N, H] in
+    hidden's dtype. `targets_N`: int64 in [0, V), or -100 for a token that does not count. N may be 0.
+    `chunk`: rows of logits held at once; by default what 0.5 GiB holds.
+    """
+    gradient = torch.is_grad_enabled() and hidden_NH.requires_grad
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_NH, weight_VH, targets_N, chunk, gradient)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor | Callable[[], Tensor],
+        targets_N: Tensor,
+        chunk: int | None,
+        gradient: bool,
+    ) -> Tensor:
+        weight = weight_VH if isinstance(weight_VH, Tensor) else weight_VH()
+        weight = weight.detach()
+        rows, vocabulary = hidden_NH.shape[0], weight.shape[0]
+        loss_N = hidden_NH.new_zeros(rows, dtype=compute_dtype(weight))
+        dhidden_NH = torch.empty_like(hidden_NH, memory_format=torch.contiguous_format) if gradient else None
+        chunk = chunk or chunk_rows(rows, vocabulary, weight.element_size())
+        logits_CV = weight.new_empty(min(chunk, rows), vocabulary)
+        for start in range(0, rows, chunk):
+            end = min(start + chunk, rows)
+            logits = logits_CV[: end - start]
+            torch.mm(hidden_NH[start:end].to(weight.dtype), weight.t(), out=logits)
+            cross_entropy_(logits, targets_N[start:end], loss_N[start:end], gradient)
+            if dhidden_NH is not None:
+                if hidden_NH.dtype == weight.dtype:
+                    torch.mm(logits, weight, out=dhidden_NH[start:end])
+                else:
+                    dhidden_NH[start:end] = logits @ weight
+        if dhidden_NH is not None:
+            ctx.save_for_backward(dhidden_NH)
+        return loss_N.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (dhidden_NH,) = ctx.saved_tensors
+        # One element, not none: then the product is computed in float32 and rounded once, where a scalar tensor would
+        # be rounded to bf16 first, and all gradients of the run with it.
+        scaled_NH = torch.mul(dhidden_NH, dloss.view(1), out=torch.empty_like(dhidden_NH))
+        return scaled_NH, None, None, None, None
+
+
+def chunk_rows(rows: int, vocabulary: int, element_size: int) -> int:
+    """Rows of a chunk: chunks as equal as multiples of 128 rows allow, none above CHUNK_BYTES."""
+    most = max(CHUNK_BYTES // (vocabulary * element_size) // 128 * 128, 128)
+    chunks = max(-(-rows // most), 1)
+    return max(-(-rows // chunks // 128) * 128, 128)
+
+
+def cross_entropy_(logits_CV: Tensor, targets_C: Tensor, loss_C: Tensor, gradient: bool) -> None:
+    """Writes each row's loss into `loss_C` and, with `gradient`, softmax(logits) - onehot(target) over the logits."""
+    _reference_(logits_CV, targets_C, loss_C, gradient)
+
+
+def _reference_(logits_CV: Tensor, targets_C: Tensor, loss_C: Tensor, gradient: bool) -> None:
+    logits = logits_CV.to(compute_dtype(logits_CV))
+    counts_C = targets_C != IGNORED
+    index_C1 = targets_C.where(counts_C, 0)[:, None]
+    lse_C = logits.logsumexp(-1)
+    loss_C.copy_((lse_C - logits.gather(1, index_C1)[:, 0]) * counts_C)
+    if gradient:
+        softmax = (logits - lse_C[:, None]).exp_()
+        softmax.scatter_add_(1, index_C1, softmax.new_full(index_C1.shape, -1.0))
+        logits_CV.copy_(softmax * counts_C[:, None])

@@ -13,7 +13,7 @@ import enum
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def read_snapshot(folder: Path) -> Snapshot:
     """Read a committed checkpoint; every byte is checked against the manifest before it is used.
 
     Raises:
-        DamagedCheckpoint: a file is missing, short or altered, or the manifest is.
+        DamagedCheckpoint: a file is missing, short or altered, or the manifest is, or a file is not what we write.
     """
     try:
         expected = read_manifest(folder)["files"]
@@ -162,13 +162,24 @@ def read_snapshot(folder: Path) -> Snapshot:
             raise DamagedCheckpoint(f"{folder}: {name} has been altered: its checksum differs")
         return data
 
-    state = json.loads(read(STATE))
+    def parse(name: str, parser: Callable[[bytes], Any]) -> dict[str, Any]:
+        try:
+            parsed = parser(read(name))
+        except (ValueError, safetensors.SafetensorError) as error:
+            raise DamagedCheckpoint(f"{folder}: {name} cannot be parsed: {error}") from error
+        if not isinstance(parsed, dict):
+            raise DamagedCheckpoint(f"{folder}: {name} is no JSON object")
+        return parsed
+
+    state = parse(STATE, json.loads)
+    if not isinstance(state.get("step"), int) or not isinstance(state.get("state"), dict):
+        raise DamagedCheckpoint(f"{folder}: {STATE} has no step or no state")
     return Snapshot(
         step=state["step"],
-        adapter=safetensors.torch.load(read(ADAPTER_WEIGHTS)),
-        adapter_config=json.loads(read(ADAPTER_CONFIG)),
-        optimizer=safetensors.torch.load(read(OPTIMIZER_TENSORS)),
-        optimizer_scalars=json.loads(read(OPTIMIZER_SCALARS)),
+        adapter=parse(ADAPTER_WEIGHTS, safetensors.torch.load),
+        adapter_config=parse(ADAPTER_CONFIG, json.loads),
+        optimizer=parse(OPTIMIZER_TENSORS, safetensors.torch.load),
+        optimizer_scalars=parse(OPTIMIZER_SCALARS, json.loads),
         state=state["state"],
         config_yaml=read(CONFIG).decode(),
     )

@@ -33,6 +33,8 @@ def folder_lock(target: Path) -> Iterator[None]:
         lock.acquire()
     except PermissionError as error:
         raise UserError("cache-not-writable", folder=target.parent, error=error.strerror) from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError("cache-not-writable", folder=target.parent, error="it is a file, or below one") from error
     try:
         yield
     finally:

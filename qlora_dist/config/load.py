@@ -145,7 +145,7 @@ def _mistake(errors: Sequence[Any], sources: dict[Location, str], origin: str) -
         (sources[location[:n]] for n in range(len(location) - 1, 0, -1) if location[:n] in sources), origin
     )
     kind, given = error["type"], error.get("input")
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "invalid_key"):
         section, nearest = _nearest(location)
         if nearest is not None:
             return UserError("setting-misspelt", setting=dotted, where=where, nearest=nearest)

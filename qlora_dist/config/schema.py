@@ -364,6 +364,8 @@ def contradictions(config: RunConfig) -> Iterator[UserError]:
                 yield UserError("adapter-shape-ignored", field=name)
     if adapter.loftq_config is not None and adapter.init_lora_weights != "loftq":
         yield UserError("loftq-not-chosen")
+    if adapter.layers_to_transform is not None and isinstance(adapter.target_modules, str):
+        yield UserError("layers-without-names", targets=adapter.target_modules)
     if adapter.layers_pattern is not None and adapter.layers_to_transform is None:
         yield UserError("layers-pattern-alone")
     if adapter.changes_base and (config.model.quantization == "none" or config.model.cache_quantized is None):

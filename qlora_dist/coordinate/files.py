@@ -82,6 +82,8 @@ def explain(error: OSError, folder: Path) -> Exception:
         return UserError("storage-full", folder=folder, error=error.strerror)
     if error.errno in NO_ACCESS:
         return UserError("run-folder-not-writable", folder=folder, error=error.strerror)
+    if error.errno == errno.EISDIR:
+        return UserError("run-file-is-folder", folder=folder, file=error.filename)
     if error.errno in NO_FOLDER:
         return UserError("run-folder-is-file", folder=folder, file=error.filename or folder)
     return error

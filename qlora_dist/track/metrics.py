@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_dist.config.errors import UserError
 from qlora_dist.track.sinks import SinkThread
 
 FILE = "metrics.jsonl"
@@ -58,11 +59,21 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of a run in their order; a last line that was cut off by a kill is left out."""
+    """The records of a run in their order; a last line that was cut off by a kill is left out.
+
+    Raises:
+        UserError: a whole line is damaged.
+    """
     path = run_dir / FILE
     if not path.exists():
         return []
-    return list(parse_lines(path.read_text(encoding="utf-8")))
+    records: list[dict[str, Any]] = []
+    try:
+        for record in parse_lines(path.read_bytes().decode(errors="replace")):
+            records.append(record)
+    except ValueError as error:
+        raise UserError("metrics-damaged", file=path, line=len(records) + 1) from error
+    return records
 
 
 def parse_lines(text: str) -> Iterator[dict[str, Any]]:

@@ -42,7 +42,7 @@ class Tail:
                     self.inode, self.offset = inode, 0
                 file.seek(self.offset)
                 data = file.read()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):  # the launcher tells of the last two
             return []
         complete = data.rpartition(b"\n")[0]
         self.offset += len(complete) + (1 if complete else 0)

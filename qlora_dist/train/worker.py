@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from qlora_dist.checkpoint.format import Snapshot, read_snapshot
+from qlora_dist.checkpoint.format import STATE, DamagedCheckpoint, Snapshot, read_snapshot
 from qlora_dist.checkpoint.manifest import list_checkpoints, resolve_resume
 from qlora_dist.checkpoint.writer import BackgroundWriter
 from qlora_dist.config.errors import UserError
@@ -46,6 +46,7 @@ from qlora_dist.train.heartbeat import Heartbeat
 from qlora_dist.train.loop import Loop
 from qlora_dist.train.progress import Progress
 from qlora_dist.train.step import LossScale, lays_flat
+from qlora_dist.train.vocabulary import check_vocabulary
 
 # What makes an adapter another adapter, by PEFT's names.
 ADAPTER_IDENTITY = (
@@ -114,6 +115,7 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
 
     dtype = compute_dtype(config.model, worker.device)
     base = load_base(config.model, folder, worker.device, config.adapter)
+    check_vocabulary(base, tokenizer, [table for table in (train_table, eval_table) if table is not None])
     adapted = attach_adapter(base, config.adapter, config.seed, config.model.revision)
     if config.train.gradient_checkpointing:
         # transformers 5.2x has a new name for it and warns at the old one.
@@ -236,9 +238,14 @@ def resume(checkpoint: Path, strategy: Strategy, identity: dict[str, Any]) -> Pr
     """Load a checkpoint into the strategy.
 
     Raises:
-        UserError: it was made with another base, other data, or another global order.
+        UserError: it was made with another base, other data, or another global order; or it is damaged.
     """
-    snapshot: Snapshot = read_snapshot(checkpoint)
+    try:
+        snapshot: Snapshot = read_snapshot(checkpoint)
+    except DamagedCheckpoint as error:
+        raise UserError("checkpoint-damaged", path=checkpoint, problems=str(error).split(": ", 1)[1]) from error
+    if not {"identity", "progress"} <= snapshot.state.keys():
+        raise UserError("checkpoint-damaged", path=checkpoint, problems=f"{STATE} lacks identity or progress")
     saved = snapshot.state["identity"]
     for name, value in identity.items():
         if saved.get(name) != value:

@@ -53,6 +53,10 @@ CHECKPOINT: dict[str, Mendable] = {
         "output_dir {folder}: {file} is a file where a folder is needed",
         "remove it or choose another output_dir",
     ),
+    "run-file-is-folder": Mendable(
+        "output_dir {folder}: {file} is a folder where a file is needed",
+        "remove it or choose another output_dir",
+    ),
     "run-file-damaged": Mendable(
         "{file} is damaged",
         "choose another output_dir, and name the folder of this one in resume to go on from it",

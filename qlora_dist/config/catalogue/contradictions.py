@@ -57,6 +57,10 @@ CONTRADICTIONS: dict[str, Mendable] = {
         "adapter.loftq_config is set but adapter.init_lora_weights is not loftq",
         "set adapter.init_lora_weights to loftq or remove adapter.loftq_config",
     ),
+    "layers-without-names": Mendable(
+        "adapter.layers_to_transform needs names of modules, and adapter.target_modules is {targets}",
+        "set adapter.target_modules to a list, such as [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]",
+    ),
     "layers-pattern-alone": Mendable(
         "adapter.layers_pattern is set without adapter.layers_to_transform",
         "set that too or remove adapter.layers_pattern",

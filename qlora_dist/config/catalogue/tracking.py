@@ -11,6 +11,10 @@ TRACKING: dict[str, Mendable] = {
         "there is no run in {folder}",
         "give the folder that holds your run folders (runs by default)",
     ),
+    "metrics-damaged": Mendable(
+        "{file}, line {line} is damaged",
+        "remove that line",
+    ),
     "report-not-writable": Mendable(
         "the report cannot be written ({error})",
         "give another place with -o",

@@ -3,6 +3,11 @@
 from qlora_dist.config.catalogue.entry import Mendable
 
 TRAINING: dict[str, Mendable] = {
+    "tokenizer-of-another-model": Mendable(
+        "model.name: the tokenizer of {model} has the token {token} (number {id}), and the model has embeddings for "
+        "{embeddings} tokens only",
+        "put the tokenizer that belongs to the model into that folder",
+    ),
     "out-of-memory": Mendable(
         "rank {rank} ran out of memory on {device} ({error})",
         "lower train.per_device_train_batch_size ({train_batch}), eval.per_device_eval_batch_size ({eval_batch}) or "

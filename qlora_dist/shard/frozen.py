@@ -49,7 +49,7 @@ class FrozenTensor:
 
     owners: modules and the attribute that holds it there (two for a tied weight).
     parts: spans by name; `data`, and for a 4-bit weight what its quantisation state holds.
-    weight: the parameter emptied of its bytes; for a 4-bit one with its quantisation state, emptied too.
+    weight: the parameter without its bytes, of its shape; for a 4-bit one with its quantisation state, emptied too.
     """
 
     owners: list[tuple[nn.Module, str]]
@@ -91,17 +91,28 @@ class FrozenUnit:
         self.num_bytes = _up(last, ALIGNMENT * num_shards)
         self.seen: Tensor | None = None
 
-    def pack(self) -> Tensor:
-        """All tensors as bytes [B] on their device; the modules are left with empty ones."""
+    def pack(self, shard: int = 0, num_shards: int = 1) -> Tensor:
+        """All tensors as bytes [B] on their device, or one of `num_shards` equal shards of them.
+
+        The modules are left with empty ones, tensor after tensor.
+        """
         device = self.tensors[0].owners[0][0].get_parameter(self.tensors[0].owners[0][1]).device
-        bytes_B = torch.zeros(self.num_bytes, dtype=torch.uint8, device=device)
+        size = self.num_bytes // num_shards
+        begin, end = shard * size, (shard + 1) * size
+        bytes_B = torch.zeros(size, dtype=torch.uint8, device=device)
         for tensor in self.tensors:
             owner, name = tensor.owners[0]
             for part, value in _parts(owner.get_parameter(name)):
                 span = tensor.parts[part]
-                bytes_B[span.offset : span.end] = value.detach().contiguous().view(-1).view(torch.uint8)
+                first, last = max(span.offset, begin), min(span.end, end)
+                if first < last:
+                    raw = value.detach().contiguous().view(-1).view(torch.uint8)
+                    bytes_B[first - begin : last - begin] = raw[first - span.offset : last - span.offset]
             for owner, name in tensor.owners:
                 owner._parameters[name] = tensor.weight
+                if is_4bit(tensor.weight):
+                    # bitsandbytes keeps the constants at the layer too.
+                    owner.quant_state = tensor.weight.quant_state  # type: ignore[attr-defined]
         return bytes_B
 
     def place(self, bytes_B: Tensor) -> None:
@@ -164,6 +175,10 @@ class FrozenUnit:
                 owner.__dict__[name] = tensor.weight
 
 
+# This rank's shard of each unit's bytes, by the unit's name.
+Shards = dict[str, tuple[FrozenUnit, Tensor]]
+
+
 class _FrozenLinear(torch.autograd.Function):
     """x W^T + b for a frozen W that is asked for in the forward and again in the backward, and saved in neither."""
 
@@ -220,18 +235,19 @@ class _Layout:
 def _frozen_tensors(unit: Unit, apart: set[nn.Module] | frozenset[nn.Module]) -> list[FrozenTensor]:
     layout = _Layout()
     for root in unit.modules:
-        for owner in _modules(root, apart):
+        for owner in own_modules(root, apart):
             for name, weight in owner._parameters.items():
                 if weight is not None and not weight.requires_grad:
                     layout.add(owner, name, weight)
     return list(layout.tensors.values())
 
 
-def _modules(root: nn.Module, apart: set[nn.Module] | frozenset[nn.Module]) -> Iterator[nn.Module]:
+def own_modules(root: nn.Module, apart: set[nn.Module] | frozenset[nn.Module]) -> Iterator[nn.Module]:
+    """`root` and all modules below it, down to those in `apart`."""
     yield root
     for child in root.children():
         if child not in apart:
-            yield from _modules(child, apart)
+            yield from own_modules(child, apart)
 
 
 def _parts(weight: Any) -> Iterator[tuple[str, Tensor]]:
@@ -245,10 +261,17 @@ def _parts(weight: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _emptied(weight: Any) -> nn.Parameter:
-    """`weight` without memory: what is left to know its device, dtype and kind by."""
-    nothing = torch.empty(0, dtype=weight.dtype, device=weight.device)
+    """`weight` in its shape and without its memory, for those who ask for shape, device, dtype and kind.
+
+    Whoever reads it as a number gets NaN, which does not stay unseen.
+    """
+    number = torch.nan if weight.dtype.is_floating_point else 0
+    nothing = torch.full((), number, dtype=weight.dtype, device=weight.device).expand(weight.shape)
     if not is_4bit(weight):
-        return nn.Parameter(nothing, requires_grad=False)
+        made = nn.Parameter(nothing, requires_grad=False)
+        # Marks that others left, such as that it needs no initialisation.
+        made.__dict__.update(weight.__dict__)
+        return made
     state = copy(weight.quant_state)
     state.absmax = torch.empty(0, dtype=state.absmax.dtype, device=weight.device)
     state.code = _constant(state.code)

@@ -9,10 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What a kernel's arguments are, for whoever reads its signature; Triton itself reads only `tl.constexpr`.
-Pointer = Any
-Scalar = Any
-
 
 def runs_on_triton(x: Tensor) -> bool:
     """Whether the kernel takes `x`: on CUDA, or on a CPU under TRITON_INTERPRET=1; float64 is the references' alone."""
@@ -28,7 +24,8 @@ class Kernel:
     """A function in Triton's language that is handed to `triton.jit` at its first launch: `kernel[grid](...)`.
 
     Importing Triton takes a second and a CPU may have none; so the modules import without it, and the name `tl`
-    that their kernels use is put into their globals here.
+    that their kernels use is put into their globals here. In a kernel's signature Triton reads `tl.constexpr` alone;
+    `tl.tensor` is a pointer or a number.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:

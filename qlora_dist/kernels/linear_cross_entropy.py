@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_dist.kernels.launch import compute_dtype
+from qlora_dist.kernels.launch import Kernel, compute_dtype, runs_on_triton
 
 if TYPE_CHECKING:
-    pass
+    import triton.language as tl
 
 # Bytes of a chunk of logits. At a vocabulary of 128,256 in bf16 that is 2,048 rows, which fills the GPU's GEMM, and
 # the chunk stays small beside the rest of a step.
 CHUNK_BYTES = 2**29 + 2**24
+# 16 values a thread: two 16-byte accesses in bf16.
+WARPS = 16
+BLOCK = 16 * 32 * WARPS
 # A target that bears no loss and no gradient, as in torch.nn.functional.cross_entropy.
 IGNORED = -100
 
@@ -89,7 +92,13 @@ def chunk_rows(rows: int, vocabulary: int, element_size: int) -> int:
 
 def cross_entropy_(logits_CV: Tensor, targets_C: Tensor, loss_C: Tensor, gradient: bool) -> None:
     """Writes each row's loss into `loss_C` and, with `gradient`, softmax(logits) - onehot(target) over the logits."""
-    _reference_(logits_CV, targets_C, loss_C, gradient)
+    if not runs_on_triton(logits_CV):
+        _reference_(logits_CV, targets_C, loss_C, gradient)
+        return
+    _cross_entropy[(logits_CV.shape[0],)](
+        logits_CV, targets_C, loss_C, logits_CV.shape[1], logits_CV.stride(0),
+        IGNORED=IGNORED, GRADIENT=gradient, BLOCK=BLOCK, BLOCKS=-(-logits_CV.shape[1] // BLOCK), num_warps=WARPS,
+    )  # fmt: skip
 
 
 def _reference_(logits_CV: Tensor, targets_C: Tensor, loss_C: Tensor, gradient: bool) -> None:
@@ -102,3 +111,46 @@ def _reference_(logits_CV: Tensor, targets_C: Tensor, loss_C: Tensor, gradient: 
         softmax = (logits - lse_C[:, None]).exp_()
         softmax.scatter_add_(1, index_C1, softmax.new_full(index_C1.shape, -1.0))
         logits_CV.copy_(softmax * counts_C[:, None])
+
+
+@Kernel
+def _cross_entropy(
+    logits: tl.tensor,
+    targets: tl.tensor,
+    loss: tl.tensor,
+    vocabulary: tl.tensor,
+    stride: tl.tensor,
+    IGNORED: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+) -> None:
+    """A program takes a row: one pass for the maximum and the sum of exponentials, one for the gradient in place."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    target = tl.load(targets + row)
+    column = tl.arange(0, BLOCK)
+    maximum = -float("inf")
+    # Summed lane by lane, so that each block costs one reduction, the maximum's.
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(BLOCKS):
+        at = i * BLOCK + column
+        values = tl.load(logits + at, mask=at < vocabulary, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(maximum, tl.max(values, axis=0))
+        total = total * tl.exp(maximum - higher) + tl.exp(values - higher)
+        maximum = higher
+    lse = maximum + tl.log(tl.sum(total, axis=0))
+
+    counts = target != IGNORED
+    # Nothing is read past the row for a target that is none; its loss is a NaN, which the step then reports.
+    valid = (target >= 0) & (target < vocabulary)
+    at_target = tl.load(logits + target, mask=valid, other=float("nan")).to(tl.float32)
+    tl.store(loss + row, tl.where(counts, lse - at_target, 0.0))
+    if GRADIENT:
+        # Backwards: the blocks read last are still in the L2 cache.
+        for i in range(BLOCKS):
+            at = (BLOCKS - 1 - i) * BLOCK + column
+            values = tl.load(logits + at, mask=at < vocabulary, other=0.0).to(tl.float32)
+            softmax = tl.exp(values - lse)
+            dlogits = tl.where(counts, tl.where(at == target, softmax - 1.0, softmax), 0.0)
+            tl.store(logits + at, dlogits.to(logits.dtype.element_ty), mask=at < vocabulary)

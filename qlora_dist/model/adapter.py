@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from qlora_dist.config.catalogue.facts import and_more
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.folders import publish_folder
 from qlora_dist.config.schema import AdapterConfig
@@ -49,13 +50,12 @@ def attach_adapter(
     state = None
     if config.path is None:
         lora = new_lora_config(config)
-        origin = "adapter"
     else:
         lora, state = _read_adapter_folder(config.path)
-        origin = f"adapter.path: {config.path}"
+    origin = "adapter" if config.path is None else f"adapter.path: {config.path}"
     lora.base_model_name_or_path = model.name_or_path
     lora.revision = None if config.path is None and config.changes_base else base_revision
-    _check_module_names(model, lora, origin)
+    _check_module_names(model, lora, config.path)
     global_state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -64,8 +64,7 @@ def attach_adapter(
         if config.path is None and config.init_lora_weights == "orthogonal":
             _init_orthogonal(adapted)
     except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{origin}: PEFT refuses these settings ({reason}); correct them.") from error
+        raise UserError("adapter-refused", field=origin, reason=error) from error
     finally:
         torch.default_generator.set_state(global_state)
     for parameter in adapted.parameters():
@@ -77,6 +76,23 @@ def attach_adapter(
     elif config.changes_base:
         _load_start(adapted, Path(str(model.name_or_path)) / START_FILE)
     return adapted
+
+
+def weights_read_at_attach(config: AdapterConfig) -> Callable[[str], bool]:
+    """Whether `attach_adapter` reads the weights of the module of a name, or of one below it.
+
+    PEFT copies what `modules_to_save` names, and DoRA starts from the norm of every weight.
+
+    Raises:
+        UserError: as for `attach_adapter`.
+    """
+    settings: Any = config if config.path is None else _read_adapter_config(config.path)
+    copied = settings.modules_to_save or ()
+
+    def reads(name: str) -> bool:
+        return bool(settings.use_dora) or any(name == module or name.endswith("." + module) for module in copied)
+
+    return reads
 
 
 def check_trainable(model: nn.Module) -> tuple[int, int]:
@@ -92,21 +108,15 @@ def check_trainable(model: nn.Module) -> tuple[int, int]:
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if not any(layer.active_adapters and not layer.disable_adapters and not layer.merged for layer in layers):
-        raise UserError(
-            "adapter: no adapter is active on the model (none attached, disabled or merged), so the run would train "
-            "nothing; check adapter.target_modules."
-        )
+        raise UserError("adapter-inactive")
     counts = {True: 0, False: 0}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not _is_adapter_weight(name):
-            raise UserError(
-                f"adapter: the base weight {peft_key(name)} would be trained; "
-                "name its module in adapter.modules_to_save or leave it frozen."
-            )
+            raise UserError("adapter-trains-base", name=peft_key(name))
         quant_state = getattr(parameter, "quant_state", None)
         counts[parameter.requires_grad] += parameter.numel() if quant_state is None else quant_state.shape.numel()
     if not counts[True]:
-        raise UserError("adapter: no weight of it requires a gradient, so the run would train nothing.")
+        raise UserError("adapter-trains-nothing")
     return counts[True], counts[True] + counts[False]
 
 
@@ -145,22 +155,13 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, torch.Tensor], sour
     parameters = _adapter_parameters(model)
     for name, tensor in state.items():
         if name not in parameters:
-            raise UserError(
-                f"{source} has a weight {name}, which this model's adapter lacks; use the same base model "
-                "and adapter settings."
-            )
+            raise UserError("adapter-weight-unknown", source=source, name=name)
         wanted, found = list(parameters[name].shape), list(tensor.shape)
         if wanted != found:
-            raise UserError(
-                f"{source} has {name} of shape {found} where this model needs {wanted}; use the base model it was "
-                "trained on and the same adapter settings (r, target_modules)."
-            )
+            raise UserError("adapter-weight-shape", source=source, name=name, found=found, wanted=wanted)
     missing = [name for name in parameters if name not in state]
     if missing:
-        raise UserError(
-            f"{source} lacks {missing[0]} and {len(missing) - 1} more of {len(parameters)} weights; "
-            "use the same base model and adapter settings."
-        )
+        raise UserError("adapter-weights-missing", source=source, weights=and_more(missing), count=len(parameters))
     with torch.no_grad():
         for name, tensor in state.items():
             parameters[name].copy_(tensor)
@@ -213,9 +214,11 @@ def new_lora_config(config: AdapterConfig) -> "LoraConfig":
 
     settings = config.model_dump(exclude={"path", "loftq_config"})
     if config.init_lora_weights == "orthogonal":
-        odd = [rank for rank in (config.r, *config.rank_pattern.values()) if rank % 2]
-        if odd:
-            raise UserError(f"adapter.r: init_lora_weights=orthogonal needs an even rank, not {odd[0]}; change it.")
+        ranks = {"adapter.r": config.r}
+        ranks |= {f"adapter.rank_pattern.{pattern}": rank for pattern, rank in config.rank_pattern.items()}
+        for field, rank in ranks.items():
+            if rank % 2:
+                raise UserError("orthogonal-odd-rank", field=field, rank=rank)
         # PEFT's own gives its weights the base's dtype, which fails on 4-bit layers, also when the adapter is loaded.
         settings["init_lora_weights"] = True
     if config.changes_base:
@@ -246,90 +249,104 @@ def _load_start(adapted: "PeftModel", file: Path) -> None:
     state = adapter_state(adapted)
     drawn = {name for name in state if ".lora_" in name}
     if drawn != start.keys():
-        raise UserError(
-            f"{file} is not the start of this adapter; delete the folder {file.parent}, it will be made again."
-        )
+        raise UserError("adapter-start-of-another", file=file, folder=file.parent)
     load_adapter_state(adapted, state | start, source=str(file))
 
 
 def _read_adapter_folder(folder: Path) -> tuple["LoraConfig", dict[str, torch.Tensor]]:
-    from peft import LoraConfig
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise UserError(
-                f"adapter.path: {folder} has no {name}; give a PEFT adapter folder with safetensors weights."
-            )
+    lora = _read_adapter_config(folder)
     try:
-        fields: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
         state = load_file(folder / WEIGHTS_FILE)
     except (ValueError, SafetensorError) as error:
-        raise UserError(f"adapter.path: a file in {folder} is damaged ({error}); fetch it again.") from error
-    beyond = [key for key in ("trainable_token_indices", "layer_replication", "target_parameters") if fields.get(key)]
-    if fields.get("peft_type") != "LORA" or beyond or fields.get("bias", "none") != "none":
-        what = f"uses {beyond[0]}" if beyond else f"is of type {fields.get('peft_type')}, bias {fields.get('bias')}"
-        raise UserError(f"adapter.path: {folder} {what}; only LoRA adapters without it can be trained further.")
-    if fields.get("init_lora_weights", True) not in PLAIN_INITS:
-        raise UserError(
-            f"adapter.path: {folder} was made by {fields['init_lora_weights']}, which changes the base weights too; "
-            "convert it to plain LoRA first (PEFT: save_pretrained(path_initial_model_for_weight_conversion=...))."
-        )
-    lora = LoraConfig.from_pretrained(str(folder))
-    lora.inference_mode = False
-    lora.init_lora_weights = True  # as PEFT's orthogonal start fails on 4-bit layers; every weight is overwritten
+        raise UserError("adapter-file-damaged", file=folder / WEIGHTS_FILE, reason=error) from error
     # PEFT adds the frozen embedding itself where it was a target; the base brings it already.
     return lora, {name: tensor for name, tensor in state.items() if ".base_layer." not in name}
 
 
-def _check_module_names(model: nn.Module, lora: "LoraConfig", origin: str) -> None:
+def _read_adapter_config(folder: Path) -> "LoraConfig":
+    from peft import LoraConfig
+
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise UserError("adapter-file-missing", folder=folder, name=name)
+    try:
+        fields: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
+    except ValueError as error:
+        raise UserError("adapter-file-damaged", file=folder / CONFIG_FILE, reason=error) from error
+    if not isinstance(fields, dict):
+        raise UserError("adapter-config-not-an-object", file=folder / CONFIG_FILE)
+    for key in ("r", "lora_alpha", "lora_dropout"):
+        if not isinstance(fields.get(key, 0), int | float):
+            raise UserError("adapter-setting-no-number", file=folder / CONFIG_FILE, key=key)
+    beyond = [key for key in ("trainable_token_indices", "layer_replication", "target_parameters") if fields.get(key)]
+    if fields.get("peft_type") != "LORA":
+        raise UserError("adapter-not-lora", folder=folder, type=fields.get("peft_type"))
+    if beyond:
+        raise UserError("adapter-beyond-lora", folder=folder, setting=beyond[0])
+    if fields.get("bias", "none") != "none":
+        raise UserError("adapter-with-bias", folder=folder, bias=fields["bias"])
+    if fields.get("init_lora_weights", True) not in PLAIN_INITS:
+        raise UserError("adapter-changed-its-base", folder=folder, init=fields["init_lora_weights"])
+    lora = LoraConfig.from_pretrained(str(folder))
+    lora.inference_mode = False
+    lora.init_lora_weights = True  # as PEFT's orthogonal start fails on 4-bit layers; every weight is overwritten
+    return lora
+
+
+def _check_module_names(model: nn.Module, lora: "LoraConfig", folder: Path | None) -> None:
+    settings = "adapter." if folder is None else f"adapter.path: {folder / CONFIG_FILE}: "
     names = [name for name, _ in model.named_modules() if name]
     targets = lora.target_modules
     if isinstance(targets, str) and targets != "all-linear":
         try:
             matched = any(re.fullmatch(targets, name) for name in names)
         except re.error as error:
-            raise UserError(f"{origin}: target_modules {targets!r} is no valid pattern ({error}).") from error
+            raise UserError(
+                "target-not-a-pattern", field=f"{settings}target_modules", pattern=targets, reason=error
+            ) from error
         if not matched:
             raise UserError(
-                f"{origin}: target_modules {targets!r} matches no module in full; "
-                f"nearest are {_nearest(targets, names)}."
+                "target-without-match",
+                field=f"{settings}target_modules",
+                pattern=targets,
+                nearest=_nearest(targets, names),
             )
     listed = [] if targets is None or isinstance(targets, str) else sorted(targets)
     for field, wanted in (("target_modules", listed), ("modules_to_save", lora.modules_to_save or [])):
         for name in wanted:
             if not any(module == name or module.endswith("." + name) for module in names):
                 raise UserError(
-                    f"{origin}: {field} names {name!r}, which the base lacks; nearest are {_nearest(name, names)}."
+                    "adapter-module-unknown", field=settings + field, name=name, nearest=_nearest(name, names)
                 )
     for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         for pattern in patterns or {}:
             try:
                 expression = re.compile(rf"(.*\.)?({pattern})$")
             except re.error as error:
-                raise UserError(f"{origin}: {field} names {pattern!r}, no valid pattern ({error}).") from error
+                raise UserError(
+                    "adapter-key-not-a-pattern", field=settings + field, pattern=pattern, reason=error
+                ) from error
             if not any(expression.match(name) for name in names):
                 raise UserError(
-                    f"{origin}: {field} names {pattern!r}, which matches no module; "
-                    f"nearest are {_nearest(pattern, names)}."
+                    "adapter-key-without-match",
+                    field=settings + field,
+                    pattern=pattern,
+                    nearest=_nearest(pattern, names),
                 )
     wanted_layers = lora.layers_to_transform
     num_layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     for layer in [wanted_layers] if isinstance(wanted_layers, int) else wanted_layers or []:
         if num_layers is not None and layer >= num_layers:
-            raise UserError(
-                f"{origin}: layers_to_transform names layer {layer}, but the base has {num_layers}, "
-                f"counted from 0; give numbers up to {num_layers - 1}."
-            )
+            field = f"{settings}layers_to_transform"
+            raise UserError("adapter-layer-unknown", field=field, layer=layer, layers=num_layers, last=num_layers - 1)
     for name, module in model.named_modules():
         if any(name == saved or name.endswith("." + saved) for saved in lora.modules_to_save or []) and any(
             getattr(p, "quant_state", None) is not None for p in module.parameters()
         ):
-            raise UserError(
-                f"{origin}: modules_to_save names {name}, which is quantised and cannot be trained in full; "
-                "put it in target_modules or set model.quantization=none."
-            )
+            raise UserError("saved-module-quantised", field=f"{settings}modules_to_save", name=name)
 
 
 def _nearest(wanted: str, names: list[str]) -> str:

@@ -34,9 +34,7 @@ def compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     if config.compute_dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16 if has_bf16 else torch.float16
     if config.compute_dtype == "bf16" and not has_bf16:
-        raise UserError(
-            f"model.compute_dtype: {torch.cuda.get_device_name(device)} has no bf16; set it to auto or fp16."
-        )
+        raise UserError("no-bf16", device=torch.cuda.get_device_name(device))
     return DTYPES[config.compute_dtype]
 
 
@@ -56,12 +54,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
         with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{folder} has no tokenizer that loads ({reason}); add its tokenizer files.") from error
+        raise UserError("tokenizer-missing", folder=folder, reason=error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token_id is None:
-        raise UserError(f"{folder}/tokenizer_config.json names no pad, unk or eos token; set pad_token in it.")
+        raise UserError("tokenizer-without-pad", folder=folder)
     return tokenizer
 
 
@@ -191,28 +188,16 @@ def _check_own_quantization(
     config: ModelConfig, folder: Path, own: dict[str, Any], adapter: AdapterConfig | None
 ) -> None:
     if adapter is not None and adapter.changes_base:
-        raise UserError(
-            f"adapter.init_lora_weights: {adapter.init_lora_weights} needs the original weights, and {folder} is "
-            "already quantised; set model.name to the unquantised base."
-        )
+        raise UserError("init-of-quantised-base", init=adapter.init_lora_weights, folder=folder)
     kind = own.get("bnb_4bit_quant_type") if own.get("load_in_4bit") else own.get("quant_method")
     if kind != config.quantization:
-        mend = (
-            f"set model.quantization={kind}"
-            if kind in ("nf4", "fp4")
-            else "choose an unquantised base or a bitsandbytes NF4 or FP4 one"
-        )
-        raise UserError(
-            f"model.name: {folder} is already quantised ({kind}), which does not go with model.quantization="
-            f"{config.quantization}; {mend}."
-        )
+        if kind in ("nf4", "fp4"):
+            raise UserError("base-quantised-4bit", folder=folder, kind=kind, quantization=config.quantization)
+        raise UserError("base-quantised-otherwise", folder=folder, kind=kind, quantization=config.quantization)
     if own.get("bnb_4bit_use_double_quant", False) != config.double_quant:
-        raise UserError(
-            f"model.double_quant: {folder} is already quantised with double_quant={not config.double_quant}; "
-            "set the same."
-        )
+        raise UserError("base-double-quant", folder=folder, double_quant=not config.double_quant)
     if config.cache_quantized is not None:
-        raise UserError(f"model.cache_quantized: {folder} is already quantised and needs no cache; leave it out.")
+        raise UserError("base-needs-no-cache", folder=folder)
 
 
 def _check_attention(config: ModelConfig, device: torch.device) -> None:
@@ -221,6 +206,4 @@ def _check_attention(config: ModelConfig, device: torch.device) -> None:
     if config.attn_implementation == "flash_attention_2" and not (
         device.type == "cuda" and is_flash_attn_2_available()
     ):
-        raise UserError(
-            "model.attn_implementation: flash_attention_2 needs a CUDA GPU and the flash-attn package; set it to sdpa."
-        )
+        raise UserError("no-flash-attention")

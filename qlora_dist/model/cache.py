@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 STAMP_FILE = "quantized_cache.json"
 # A shard passes through host memory while it is written.
 SHARD_SIZE = "1GB"
-MEND = "delete that folder or name another one"
 
 
 def write_cache(
@@ -48,8 +47,8 @@ def write_cache(
 
 
 def holds_anything(folder: Path) -> bool:
-    """Whether `folder` is there and not empty."""
-    return folder.is_dir() and any(folder.iterdir())
+    """Whether `folder` is there and not empty; a file in its place holds something."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def check_cache(cache: Path, settings: dict[str, Any]) -> None:
@@ -58,19 +57,26 @@ def check_cache(cache: Path, settings: dict[str, Any]) -> None:
     Raises:
         UserError: naming what differs.
     """
+    if cache.exists() and not cache.is_dir():
+        raise UserError("cache-is-a-file", cache=cache)
     if not (cache / STAMP_FILE).is_file():
-        raise UserError(f"model.cache_quantized: {cache} holds something else than a quantised base; {MEND}.")
-    stamp = json.loads((cache / STAMP_FILE).read_text())
-    for name, size in stamp["files"].items():
+        raise UserError("cache-not-ours", cache=cache)
+    try:
+        stamp = json.loads((cache / STAMP_FILE).read_text())
+        files, found_settings = dict(stamp["files"]), dict(stamp["settings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError("cache-stamp-damaged", file=cache / STAMP_FILE) from error
+    for name, size in files.items():
         if not (cache / name).is_file() or (cache / name).stat().st_size != size:
-            raise UserError(f"model.cache_quantized: {cache}/{name} is missing or damaged; {MEND}.")
+            raise UserError("cache-damaged", file=cache / name)
     for key, wanted in settings.items():
-        found = stamp["settings"].get(key)
-        if found != wanted:
-            detail = {
-                "base": "it was made from another base model",
-                "adapter_init": "it was made with other adapter settings, on which this init_lora_weights depends"
-                if wanted
-                else "an adapter initialisation has changed its weights",
-            }.get(key, f"its {key} is {found}, not {wanted}")
-            raise UserError(f"model.cache_quantized: {cache} does not belong to this run, {detail}; {MEND}.")
+        found = found_settings.get(key)
+        if found == wanted:
+            continue
+        if key == "base":
+            raise UserError("cache-of-another-base", cache=cache)
+        if key == "adapter_init" and wanted:
+            raise UserError("cache-of-another-adapter", cache=cache)
+        if key == "adapter_init":
+            raise UserError("cache-of-a-changed-base", cache=cache)
+        raise UserError("cache-of-other-settings", cache=cache, setting=key, found=found, wanted=wanted)

@@ -75,13 +75,13 @@ def convert_gguf(gguf_file: Path, folder: Path, checksum: str | None = None) -> 
     try:
         reader = gguf.GGUFReader(gguf_file)
     except (ValueError, IndexError) as error:
-        raise UserError(f"{gguf_file} is cut short or no GGUF file ({error}); install or fetch it again.") from error
+        raise UserError("gguf-damaged", file=gguf_file, reason=error) from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
     if "general.architecture" not in fields or "tokenizer.ggml.tokens" not in fields:
-        raise UserError(f"{gguf_file} holds no language model with its tokenizer; use another file.")
-    reason = _beyond_plain_llama(gguf_file, fields, {tensor.name for tensor in reader.tensors})
-    if reason is not None:
-        convert_by_transformers(gguf_file, folder, fields, reason)
+        raise UserError("gguf-without-model", file=gguf_file)
+    beyond = _beyond_plain_llama(gguf_file, fields, {tensor.name for tensor in reader.tensors})
+    if beyond is not None:
+        convert_by_transformers(gguf_file, folder, fields, beyond)
     else:
         config = _llama_config(fields, {tensor.name for tensor in reader.tensors})
         tokenizer = _byte_level_tokenizer(fields)
@@ -145,9 +145,7 @@ def transformers_name(gguf_name: str) -> str:
         return f"model.layers.{block[1]}.{BLOCK_TENSORS[block[2]]}.weight"
     stem = gguf_name.removesuffix(".weight")
     if stem not in OTHER_TENSORS:
-        raise UserError(
-            f"The GGUF file has a tensor {gguf_name}, which a plain Llama lacks; use the safetensors model instead."
-        )
+        raise UserError("gguf-tensor-unknown", tensor=gguf_name)
     return f"{OTHER_TENSORS[stem]}.weight"
 
 
@@ -164,28 +162,23 @@ def _dequantized(tensor: "ReaderTensor") -> torch.Tensor:
     try:
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
-        raise UserError(
-            f"GGUF tensor {tensor.name} has type {tensor.tensor_type.name}, which gguf-py cannot dequantise; "
-            "use a file of another type or the safetensors model."
-        ) from error
+        raise UserError("gguf-tensor-type", tensor=tensor.name, type=tensor.tensor_type.name) from error
     return torch.from_numpy(values.copy())
 
 
 def _beyond_plain_llama(gguf_file: Path, fields: dict[str, Any], tensor_names: set[str]) -> str | None:
+    """What the file has that only transformers' reader takes; None for a plain Llama."""
     # transformers would lose scaled rotary positions (a GGUF keeps their factors as a tensor), so nobody reads those.
     architecture = fields["general.architecture"]
     if fields.get(f"{architecture}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in tensor_names:
-        raise UserError(f"{gguf_file.name} has scaled rotary positions, which are not read: use safetensors instead.")
+        raise UserError("gguf-scaled-rope", file=gguf_file)
     kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
     if kind == "gpt2" and split not in {*SINGLE_DIGIT_SPLITS, "gpt-2", *TRANSFORMERS_SPLITS}:
-        raise UserError(
-            f"{gguf_file.name} has a gpt2 tokenizer with the {split} split, which is not read from GGUF files: "
-            "use the safetensors model instead."
-        )
+        raise UserError("gguf-split-unknown", file=gguf_file, split=split)
     if architecture != "llama":
-        return f"{gguf_file.name} has architecture {architecture}: use safetensors instead."
+        return f"architecture {architecture}"
     if kind != "gpt2" or split not in {*SINGLE_DIGIT_SPLITS, "gpt-2"}:
-        return f"{gguf_file.name} has a {kind} tokenizer with the {split} split: use safetensors instead."
+        return f"a {kind} tokenizer with the {split} split"
     return None
 
 

@@ -5,20 +5,21 @@ from typing import Any
 
 import torch
 
+from qlora_dist.config.catalogue.facts import and_more
 from qlora_dist.config.errors import UserError
 from qlora_dist.model.quiet import quiet_libraries
 
 TOKEN_ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
-def convert_by_transformers(gguf_file: Path, folder: Path, fields: dict[str, Any], reason: str) -> None:
+def convert_by_transformers(gguf_file: Path, folder: Path, fields: dict[str, Any], what: str) -> None:
     """Write config.json, generation_config.json, safetensors (bf16) and tokenizer of `gguf_file` to `folder`.
 
     The special tokens and the chat template are those that the file names: transformers' versions differ there.
 
     Args:
         fields: the file's metadata.
-        reason: why the project's own reader does not take it, for the error.
+        what: what it has that the project's own reader does not take, for the error.
 
     Raises:
         UserError: transformers does not read it either, or finds no weight for a part of the model.
@@ -35,12 +36,11 @@ def convert_by_transformers(gguf_file: Path, folder: Path, fields: dict[str, Any
             )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError, OSError, ImportError,
             RuntimeError) as error:  # fmt: skip
-        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{reason} transformers cannot read it either ({detail}).") from error
+        raise UserError("gguf-unreadable", file=gguf_file, what=what, reason=error) from error
     model, info = loaded
     lacking = sorted({*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])})
     if lacking:
-        raise UserError(f"{reason} transformers reads it without {lacking[0]} and {len(lacking) - 1} more weights.")
+        raise UserError("gguf-weights-missing", file=gguf_file, what=what, weights=and_more(lacking))
     tokens = fields["tokenizer.ggml.tokens"]
     ids = {role: fields.get(f"tokenizer.ggml.{key}_token_id") for key, role in TOKEN_ROLES.items()}
     for role, index in ids.items():

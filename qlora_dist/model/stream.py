@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_dist.config.catalogue.facts import and_more
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.model.quiet import mute_known_chatter, quiet_libraries
@@ -58,8 +59,7 @@ def empty_model(config: ModelConfig, folder: Path, dtype: torch.dtype) -> "PreTr
             if "attention implementation" not in str(error):
                 raise
             raise UserError(
-                f"model.attn_implementation: a {hf_config.model_type} model cannot use "
-                f"{config.attn_implementation} with the installed transformers; set it to eager."
+                "attention-not-for-model", model_type=hf_config.model_type, attention=config.attn_implementation
             ) from error
 
 
@@ -82,7 +82,9 @@ def stream_model(
     """
     from transformers import AutoConfig, GenerationConfig
 
-    model_class: Any = type(empty_model(config, folder, dtype))
+    empty = empty_model(config, folder, dtype)
+    _check_shapes(empty, tensors, folder)
+    model_class: Any = type(empty)
     with quiet_libraries():
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     try:
@@ -98,20 +100,23 @@ def stream_model(
                 **({"quantization_config": bnb_config(config, dtype)} if quantize else {}),
             )
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"model.name: {config.name} does not fit into the memory of {device}; "
-            "use model.quantization=nf4, a smaller model, or a GPU with more memory."
-        ) from error
+        raise UserError("model-too-large", name=config.name, device=device) from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
-        raise UserError(
-            f"model.name: {folder} lacks {missing[0]} and {len(missing) - 1} more weights that its config.json "
-            "promises; fetch the model again."
-        )
+        raise UserError("weights-missing", folder=folder, weights=and_more(missing))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
+
+
+def _check_shapes(empty: "PreTrainedModel", tensors: Mapping[str, LazyTensor], folder: Path) -> None:
+    # transformers compares no shapes where it quantises: the layer would get the file's, and fail in the first step.
+    for name, parameter in empty.state_dict().items():
+        packed = name not in tensors or tensors[name].get_dtype() == "U8"
+        if not packed and tensors[name].get_shape() != list(parameter.shape):
+            found, wanted = tensors[name].get_shape(), list(parameter.shape)
+            raise UserError("weight-shape", folder=folder, name=name, found=found, wanted=wanted)
 
 
 def _give_freed_tensors_back_above(size: int) -> None:

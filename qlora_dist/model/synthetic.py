@@ -43,7 +43,7 @@ def synthetic_folder(name: str) -> Path:
     """
     if name not in SHAPES:
         near = difflib.get_close_matches(name, SHAPES, n=3, cutoff=0.3) or list(SHAPES)
-        raise UserError(f"model.name: there is no {SYNTHETIC_PREFIX}{name}; nearest are {', '.join(near)}.")
+        raise UserError("synthetic-model-unknown", name=SYNTHETIC_PREFIX + name, nearest=", ".join(near))
     folder = cache_root() / "synthetic" / f"{name}-v{SYNTHETIC_VERSION}"
     if not folder.is_dir():
         with folder_lock(folder):

@@ -1,11 +1,13 @@
 """Tensors of a model folder, one at a time: named now, read when asked for, never mapped into memory."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qlora_dist.config.errors import UserError
 from qlora_dist.model.weights import read_header, weight_files
 
 DTYPES = {
@@ -55,6 +57,10 @@ def folder_tensors(folder: Path) -> dict[str, LazyTensor]:
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             shape = tuple(entry["shape"])
+            if entry["dtype"] not in DTYPES:
+                raise UserError("weights-dtype", file=path, name=name, dtype=entry["dtype"])
+            if math.prod(shape) * DTYPES[entry["dtype"]].itemsize != end - begin:
+                raise UserError("safetensors-header", file=path)
             tensors[name] = LazyTensor(
                 shape, entry["dtype"], _reader(path, data_start + begin, end - begin, shape, DTYPES[entry["dtype"]])
             )

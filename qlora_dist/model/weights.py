@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from qlora_dist.config.catalogue.facts import and_more
 from qlora_dist.config.errors import UserError
 
 SYNTHETIC_FILE = "SYNTHETIC.json"
@@ -29,16 +30,25 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
         prefix = file.read(8)
         header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if 8 + header_bytes > size:
-            raise UserError(f"{path} is cut short or no safetensors file; fetch it again.")
+            raise UserError("safetensors-cut", file=path)
         try:
             header = json.loads(file.read(header_bytes))
         except ValueError as error:
-            raise UserError(f"{path} has a damaged header; fetch it again.") from error
+            raise UserError("safetensors-header", file=path) from error
+    if not isinstance(header, dict) or not all(map(_is_tensor, [v for k, v in header.items() if k != "__metadata__"])):
+        raise UserError("safetensors-header", file=path)
     header.pop("__metadata__", None)
     end = 8 + header_bytes + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end != size:
-        raise UserError(f"{path} has {size} bytes where its header promises {end}; fetch it again.")
+        raise UserError("safetensors-size", file=path, size=size, promised=end)
     return header, 8 + header_bytes
+
+
+def _is_tensor(entry: Any) -> bool:
+    match entry:
+        case {"dtype": str(), "shape": [*shape], "data_offsets": [int(), int()]}:
+            return all(isinstance(size, int) for size in shape)
+    return False
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -49,26 +59,22 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError("weights-index-damaged", file=index) from error
+        files = [folder / name for name in names]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise UserError(
-                f"{folder} lacks {missing[0]}"
-                + (f" and {len(missing) - 1} more weight files" if len(missing) > 1 else "")
-                + ", which model.safetensors.index.json names; finish the download."
-            )
+            raise UserError("weight-files-missing", folder=folder, files=and_more(missing))
         return files
     files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_"))
     if files:
         return files
     pickled = sorted(file for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
     if pickled:
-        raise UserError(
-            f"{folder} has its weights in {pickled[0].name} only, a format that can run code when it is read; convert "
-            'it on a machine you trust it on: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
-        )
-    raise UserError(f"{folder} has no *.safetensors weights; set model.name to the folder that has them.")
+        raise UserError("weights-pickled", folder=folder, file=pickled[0].name)
+    raise UserError("weights-absent", folder=folder)
 
 
 def is_synthetic(folder: Path) -> bool:

@@ -209,11 +209,11 @@ def test_counts(tiny_model: Path) -> None:
 
 def test_runs_that_would_train_nothing_or_too_much(tiny_model: Path) -> None:
     plain = base(tiny_model)
-    with pytest.raises(UserError, match="no adapter is active"):
+    with pytest.raises(UserError, match="adapter: none is active"):
         check_trainable(plain)
     model = attach_adapter(plain, AdapterConfig(), seed=1)
     check_trainable(model)
-    with model.disable_adapter(), pytest.raises(UserError, match="no adapter is active"):
+    with model.disable_adapter(), pytest.raises(UserError, match="adapter: none is active"):
         check_trainable(model)
     model.requires_grad_(False)
     with pytest.raises(UserError, match="no weight of it requires a gradient"):
@@ -227,11 +227,11 @@ def test_runs_that_would_train_nothing_or_too_much(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"target_modules": ["q_proj", "v_porj"]}, "names 'v_porj', which the base lacks; nearest are v_proj"),
+        ({"target_modules": ["q_proj", "v_porj"]}, "adapter.target_modules names 'v_porj', which the base lacks; use"),
         ({"target_modules": r".*\.query"}, "matches no module in full"),
         ({"target_modules": r"(unclosed"}, "no valid pattern"),
         ({"target_modules": ["norm"]}, "PEFT refuses these settings"),
-        ({"modules_to_save": ["lmhead"]}, "modules_to_save names 'lmhead', which the base lacks; nearest are lm_head"),
+        ({"modules_to_save": ["lmhead"]}, "has: nearest are lm_head"),
         ({"modules_to_save": ["up_proj"]}, "is quantised and cannot be trained in full"),
         ({"init_lora_weights": "orthogonal", "r": 3}, "needs an even rank, not 3"),
     ],
@@ -311,7 +311,7 @@ def test_layers_and_patterns_shape_the_adapter(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"rank_pattern": {"q_prj": 4}}, "rank_pattern names 'q_prj', which matches no module; nearest are q_proj"),
+        ({"rank_pattern": {"q_prj": 4}}, "adapter.rank_pattern names 'q_prj', which matches no module; write one"),
         ({"alpha_pattern": {"q_(": 4}}, "no valid pattern"),
         ({"layers_to_transform": [0, 2]}, "names layer 2, but the base has 2, counted from 0; give numbers up to 1"),
         ({"layers_to_transform": 1, "layers_pattern": "nothing"}, "PEFT refuses these settings"),

@@ -108,7 +108,9 @@ def test_through_the_quantised_cache(tmp_path: Path) -> None:
 
 
 def test_unknown_names_get_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"there is no synthetic:llama-3-8b; nearest are llama-3\.1-8b"):
+    with pytest.raises(
+        UserError, match=r"no synthetic:llama-3-8b; use a name that there is: nearest are llama-3\.1-8b"
+    ):
         resolve_base(ModelConfig(name="synthetic:llama-3-8b"))
 
 

@@ -1,11 +1,13 @@
 """Every error that a person can mend, by its code: the sentence and the mend. docs/errors.md is made from it."""
 
+from qlora_dist.config.catalogue.adapter import ADAPTER
 from qlora_dist.config.catalogue.checkpoint import CHECKPOINT
 from qlora_dist.config.catalogue.configuration import CONFIGURATION
 from qlora_dist.config.catalogue.contradictions import CONTRADICTIONS
 from qlora_dist.config.catalogue.data import DATA
 from qlora_dist.config.catalogue.entry import Mendable
 from qlora_dist.config.catalogue.launching import LAUNCHING
+from qlora_dist.config.catalogue.model import MODEL
 from qlora_dist.config.catalogue.tracking import TRACKING
 from qlora_dist.config.catalogue.training import TRAINING
 
@@ -16,6 +18,8 @@ AREAS: dict[str, dict[str, Mendable]] = {
     "Launching and workers": LAUNCHING,
     "Training": TRAINING,
     "Data": DATA,
+    "Base models": MODEL,
+    "Adapters": ADAPTER,
     "Checkpoints and the run folder": CHECKPOINT,
     "Looking at runs": TRACKING,
 }

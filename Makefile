@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test slow lint clean
+.PHONY: quickstart test slow lint docs clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -23,6 +23,9 @@ slow: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m qlora_dist.config.catalogue > docs/errors.md
 
 clean:
 	rm -rf $(VENV)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from qlora_dist.config.catalogue import CATALOGUE, told
+from qlora_dist.config.catalogue import told
 from qlora_dist.config.catalogue.entry import plain_facts
 from qlora_dist.config.redact import redact
 
@@ -18,12 +18,15 @@ class UserError(Exception):
     Args:
         code: the error's code in the catalogue.
         facts: what the catalogue's texts leave open; kept as numbers and one-line texts.
+
+    Raises:
+        KeyError: there is no such code, or a fact is missing.
     """
 
     def __init__(self, code: str, /, **facts: object):
         self.code = code
         self.facts = plain_facts(facts)
-        self.message = redact(told(code, **self.facts)) if code in CATALOGUE or facts else code
+        self.message = redact(told(code, **self.facts))
         super().__init__(self.message)
 
     def to_dict(self) -> dict[str, Any]:

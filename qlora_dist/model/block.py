@@ -1,0 +1,498 @@
+"""A decoder layer of the Llama family as one autograd function with a backward written out.
+
+Every product of the base weight and its LoRA branch is one GEMM: [x | xA'] [W | sB]' forward and [dy | dy sB] [W ; A]
+backward, where W is dequantised into a buffer that has room for the factors beside it; q, k, v share one, and gate, up.
+The residual additions ride in the GEMMs too. RMSNorm, RoPE and SwiGLU are a kernel each, and cheap enough to be done
+once more in the backward. What else is recomputed is the `Plan`'s to say.
+
+M tokens of the micro-batch (B rows of T), H hidden size, F intermediate size, D head size, K inputs and N outputs of a
+projection, R its total LoRA rank, P that rank padded for the GEMM.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from qlora_dist.kernels.nf4 import NestedAbsmax, dequantize_4bit_into
+from qlora_dist.kernels.rmsnorm import rms_norm, rms_norm_backward
+from qlora_dist.kernels.rope import rotate_
+from qlora_dist.kernels.swiglu import swiglu, swiglu_backward
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a layer keeps from its forward for its backward; the rest is computed again.
+
+    attention: q, k, v and the attention's output. gate_up: the inputs of SwiGLU.
+    """
+
+    attention: bool = True
+    gate_up: bool = True
+
+
+KEEP_ALL, RECOMPUTE_ALL = Plan(), Plan(attention=False, gate_up=False)
+
+
+@dataclass
+class Part:
+    """One linear layer of a projection: its rows of the output, its columns of the rank, and the adapter's scale."""
+
+    layer: Any
+    rows: slice
+    ranks: slice
+    scale: float
+
+    @property
+    def base(self) -> Any:
+        """The layer that holds the frozen weight."""
+        return getattr(self.layer, "base_layer", self.layer)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether a LoRA branch is beside it."""
+        return self.ranks.stop > self.ranks.start
+
+    def factors(self) -> list[Tensor]:
+        """A [r, K] and B [N, r] as they are now (parameters, or views of a sharded one), or nothing."""
+        if not self.has_adapter:
+            return []
+        (name,) = self.layer.active_adapters
+        return [self.layer.lora_A[name].weight, self.layer.lora_B[name].weight]
+
+
+class Projection:
+    """Linear layers over the same input as one GEMM."""
+
+    def __init__(self, *layers: nn.Module):
+        self.parts: list[Part] = []
+        row = rank = 0
+        for layer in layers:
+            base: Any = getattr(layer, "base_layer", layer)
+            r, scale = adapter_shape(layer)
+            self.parts.append(Part(layer, slice(row, row + base.out_features), slice(rank, rank + r), scale))
+            row, rank = row + base.out_features, rank + r
+        self.K: int = base.in_features
+        self.N, self.R = row, rank
+
+    def padded_rank(self, device: torch.device) -> int:
+        """P: tensor cores want multiples; a CPU does not."""
+        return self.R if device.type == "cpu" else -(-self.R // 64) * 64
+
+    def factors(self) -> list[Tensor]:
+        """All factors, in the order in which `backward` returns their gradients."""
+        return [factor for part in self.parts for factor in part.factors()]
+
+    def room(self, rows: int, like: Tensor) -> Tensor:
+        """An uninitialised [rows, K + P], for the input x in its first K columns."""
+        return torch.empty(rows, self.K + self.padded_rank(like.device), dtype=like.dtype, device=like.device)
+
+    def bias(self) -> Tensor | None:
+        """The biases one after the other; None where no layer has one."""
+        biases = [part.base.bias for part in self.parts]
+        if all(bias is None for bias in biases):
+            return None
+        device = next(bias.device for bias in biases if bias is not None)
+        return torch.cat(
+            [
+                torch.zeros(p.rows.stop - p.rows.start, device=device) if bias is None else bias.to(device)
+                for p, bias in zip(self.parts, biases, strict=True)
+            ]
+        )
+
+    def forward(self, x_MW: Tensor, factors: Sequence[Tensor], residual_MN: Tensor | None = None) -> Tensor:
+        """y = x W' + (x A') (s B)' [+ bias] [+ residual], [M, N]; fills the columns of `x_MW` that hold x A'."""
+        a_RK, b_NR = self._joined(factors, x_MW)
+        x_MK = x_MW[:, : self.K]
+        if self.R:
+            torch.mm(x_MK, a_RK.t(), out=x_MW[:, self.K : self.K + self.R])
+        x_MW[:, self.K + self.R :] = 0
+        w_NW = scratch(self.N * x_MW.shape[1], x_MW).view(self.N, x_MW.shape[1])
+        self._dequantize(w_NW)
+        w_NW[:, self.K : self.K + self.R] = b_NR
+        w_NW[:, self.K + self.R :] = 0
+        bias_N = self.bias()
+        if bias_N is not None:
+            y_MN = torch.addmm(bias_N.to(x_MW.dtype), x_MW, w_NW.t())
+            return y_MN if residual_MN is None else y_MN.add_(residual_MN)
+        return x_MW @ w_NW.t() if residual_MN is None else torch.addmm(residual_MN, x_MW, w_NW.t())
+
+    def backward(
+        self, dy_MW: Tensor, x_MK: Tensor, xa_MR: Tensor, factors: Sequence[Tensor], need_dx: bool = True
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """dx [M, K] and the factors' gradients, in fp32; `dy_MW` [M, N + P] holds dy in its first N columns."""
+        a_RK, b_NR = self._joined(factors, dy_MW)
+        dy_MN = dy_MW[:, : self.N]
+        grads: list[Tensor] = []
+        if self.R:
+            dyb_MR = dy_MW[:, self.N : self.N + self.R]
+            torch.mm(dy_MN, b_NR, out=dyb_MR)
+            da_RK = product_fp32(dyb_MR.t(), x_MK)
+            db_NR = product_fp32(dy_MN.t(), xa_MR)
+            for part in self.parts:
+                if part.has_adapter:
+                    grads += [da_RK[part.ranks], db_NR[part.rows, part.ranks] * part.scale]
+        if not need_dx:
+            return None, grads
+        dy_MW[:, self.N + self.R :] = 0
+        rows = dy_MW.shape[1]
+        w_WK = scratch(rows * self.K, dy_MW).view(rows, self.K)
+        self._dequantize(w_WK)
+        w_WK[self.N : self.N + self.R] = a_RK
+        w_WK[self.N + self.R :] = 0
+        return dy_MW @ w_WK, grads
+
+    def _joined(self, factors: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
+        """A of all parts [R, K], and s B of all parts, block-diagonal [N, R], in the compute dtype."""
+        if not self.R:
+            return like.new_empty(0, self.K), like.new_empty(self.N, 0)
+        pairs = list(zip(factors[::2], factors[1::2], strict=True))
+        a_RK = pairs[0][0].to(like.dtype) if len(pairs) == 1 else torch.cat([a for a, _ in pairs]).to(like.dtype)
+        adapted = [part for part in self.parts if part.has_adapter]
+        if len(self.parts) == 1:
+            return a_RK, (pairs[0][1] * adapted[0].scale).to(like.dtype)
+        b_NR = torch.zeros(self.N, self.R, dtype=like.dtype, device=like.device)
+        for part, (_, b) in zip(adapted, pairs, strict=True):
+            b_NR[part.rows, part.ranks] = (b * part.scale).to(like.dtype)
+        return a_RK, b_NR
+
+    def _dequantize(self, out: Tensor) -> None:
+        for part in self.parts:
+            frozen_weight_into(out[part.rows, : self.K], part.base)
+
+
+class Block:
+    """The fused forward and backward of one decoder layer; its weights stay where PEFT and transformers keep them."""
+
+    def __init__(self, layer: Any):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.layer, self.attention = layer, attention
+        self.qkv = Projection(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = Projection(attention.o_proj)
+        self.gate_up = Projection(mlp.gate_proj, mlp.up_proj)
+        self.down = Projection(mlp.down_proj)
+        self.head_dim: int = attention.head_dim
+        self.q_width, self.kv_width = self.qkv.parts[0].rows.stop, self.qkv.parts[1].rows.stop
+        self.kv_width -= self.q_width
+        self.normed_heads = hasattr(attention, "q_norm")
+        self.plan = KEEP_ALL
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """All four, in the order of their factors."""
+        return self.qkv, self.output, self.gate_up, self.down
+
+    def factors(self) -> list[Tensor]:
+        """The LoRA factors of the layer, as the autograd function takes them."""
+        return [factor for projection in self.projections for factor in projection.factors()]
+
+    def split(self, values: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """`values`, one a factor, by projection."""
+        parts, start = [], 0
+        for projection in self.projections:
+            count = 2 * sum(part.has_adapter for part in projection.parts)
+            parts.append(values[start : start + count])
+            start += count
+        return parts
+
+
+@dataclass
+class Attended:
+    """What the attention half keeps: the rotated q, k, v with the graph of the attention, and what leads to them."""
+
+    xa_MR: Tensor
+    rstd_M: Tensor
+    heads: tuple[Tensor, Tensor, Tensor]
+    result: Tensor
+    raw_MN: Tensor | None
+    head_rstd: tuple[Tensor, Tensor] | None
+
+
+class _BlockFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, block: Block, inputs: dict[str, Any], x_BTH: Tensor, *factors: Tensor
+    ) -> Tensor:  # x_BTH: the residual stream
+        plan, (qkv_f, out_f, gu_f, down_f) = block.plan, block.split(factors)
+        x_MH = x_BTH.reshape(-1, x_BTH.shape[-1])
+        kept = attend(block, inputs, x_BTH.shape, x_MH, qkv_f)
+        a_MW = joined_heads(block, kept.result, x_MH)
+        x1_MH = block.output.forward(a_MW, out_f, residual_MN=x_MH)
+        a_xa = a_MW[:, block.output.K :].clone()
+        del a_MW
+        n_MW, rstd_M = normed(block.layer.post_attention_layernorm, x1_MH, block.gate_up)
+        gu_MN = block.gate_up.forward(n_MW, gu_f)
+        gu_xa = n_MW[:, block.gate_up.K :].clone()
+        del n_MW
+        h_MW = block.down.room(len(x_MH), x_MH)
+        gate_MF, up_MF = gu_MN.chunk(2, dim=1)
+        swiglu(gate_MF, up_MF, h_MW[:, : block.down.K])
+        y_MH = block.down.forward(h_MW, down_f, residual_MN=x1_MH)
+        ctx.block, ctx.inputs, ctx.shape = block, inputs, x_BTH.shape
+        ctx.plan = plan
+        ctx.save_for_backward(x_BTH, *factors)
+        ctx.attended = kept if plan.attention else None
+        ctx.x1 = x1_MH if plan.attention else None
+        ctx.out_xa = a_xa if plan.attention else None
+        ctx.gate_up = (gu_MN, gu_xa, rstd_M) if plan.gate_up else None
+        ctx.down_xa = h_MW[:, block.down.K : block.down.K + block.down.R].clone()
+        return y_MH.view(x_BTH.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy_BTH: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        block: Block = ctx.block
+        x_BTH, *factors = ctx.saved_tensors
+        qkv_f, out_f, gu_f, down_f = block.split(factors)
+        x_MH = x_BTH.reshape(-1, x_BTH.shape[-1])
+        kept, x1_MH, out_xa = ctx.attended, ctx.x1, ctx.out_xa
+        if kept is None:
+            kept = attend(block, ctx.inputs, ctx.shape, x_MH, qkv_f)
+            a_MW = joined_heads(block, kept.result, x_MH)
+            x1_MH = block.output.forward(a_MW, out_f, residual_MN=x_MH)
+            out_xa = a_MW[:, block.output.K :].clone()
+            del a_MW
+        norm2 = block.layer.post_attention_layernorm
+        if ctx.gate_up is None:
+            n_MW, rstd2_M = normed(norm2, x1_MH, block.gate_up)
+            gu_MN = block.gate_up.forward(n_MW, gu_f)
+            gu_xa = n_MW[:, block.gate_up.K :].clone()
+        else:
+            gu_MN, gu_xa, rstd2_M = ctx.gate_up
+            n_MW, _ = normed(norm2, x1_MH, block.gate_up)
+        ctx.attended = ctx.x1 = ctx.out_xa = ctx.gate_up = None
+
+        dy_MH = dy_BTH.reshape(x_MH.shape)
+        dy_MW = widened(dy_MH, block.down)
+        # SwiGLU's output is made again from gate and up: a pass over memory is cheaper than the room.
+        h_MF = torch.empty(len(x_MH), block.down.K, dtype=x_MH.dtype, device=x_MH.device)
+        gate_MF, up_MF = gu_MN.chunk(2, dim=1)
+        swiglu(gate_MF, up_MF, h_MF)
+        dh_MF, down_g = block.down.backward(dy_MW, h_MF, ctx.down_xa, down_f)
+        del h_MF, dy_MW
+        assert dh_MF is not None
+        dgu_MW = torch.empty(
+            len(x_MH), block.gate_up.N + block.gate_up.padded_rank(x_MH.device), dtype=x_MH.dtype, device=x_MH.device
+        )
+        half = block.down.K
+        swiglu_backward(dh_MF, gate_MF, up_MF, dgu_MW[:, :half], dgu_MW[:, half : 2 * half])
+        del gu_MN, gate_MF, up_MF, dh_MF
+        dn_MH, gu_g = block.gate_up.backward(
+            dgu_MW, n_MW[:, : block.gate_up.K], gu_xa[:, : block.gate_up.R], gu_f
+        )  # fmt: skip
+        del dgu_MW, n_MW
+        assert dn_MH is not None
+        dx1_MW = torch.empty(
+            len(x_MH), block.output.N + block.output.padded_rank(x_MH.device), dtype=x_MH.dtype, device=x_MH.device
+        )
+        dx1_MH = dx1_MW[:, : block.output.N]
+        rms_norm_backward(dn_MH, x1_MH, norm2.weight, rstd2_M, dy_MH, dx1_MH)
+        del dn_MH
+
+        a_MK = kept.result.transpose(1, 2).reshape(len(x_MH), block.output.K)
+        da_MK, out_g = block.output.backward(dx1_MW, a_MK, out_xa[:, : block.output.R], out_f)
+        assert da_MK is not None
+        dqkv_MW = attention_backward(block, ctx.inputs, kept, da_MK, x_MH)
+        del da_MK, a_MK
+        norm1 = block.layer.input_layernorm
+        n1_MW, _ = normed(norm1, x_MH, block.qkv)
+        need_dx = ctx.needs_input_grad[2]
+        dn1_MH, qkv_g = block.qkv.backward(
+            dqkv_MW, n1_MW[:, : block.qkv.K], kept.xa_MR, qkv_f, need_dx=need_dx
+        )  # fmt: skip
+        dx_BTH = None
+        if dn1_MH is not None:
+            dx_MH = torch.empty_like(x_MH)
+            rms_norm_backward(dn1_MH, x_MH, norm1.weight, kept.rstd_M, dx1_MH, dx_MH)
+            dx_BTH = dx_MH.view(ctx.shape)
+        return (None, None, dx_BTH, *qkv_g, *out_g, *gu_g, *down_g)
+
+
+def run_block(block: Block, x_BTH: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
+    """The layer's output [B, T, H].
+
+    Args:
+        cos, sin: [B or 1, T, D], as transformers' rotary embedding gives them.
+        mask: as transformers makes it for `sdpa`; None is causal.
+        kwargs: what else the attention function takes.
+    """
+    inputs = {"cos": cos, "sin": sin, "mask": mask, "kwargs": kwargs}
+    output: Tensor = _BlockFunction.apply(block, inputs, x_BTH, *block.factors())
+    return output
+
+
+def normed(norm: Any, x_MH: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
+    """RMSNorm of x in the first columns of a buffer [M, K + P] for `projection`, and 1 / rms [M]."""
+    out_MW = projection.room(len(x_MH), x_MH)
+    rstd_M = torch.empty(len(x_MH), dtype=statistics_dtype(x_MH), device=x_MH.device)
+    rms_norm(x_MH, norm.weight, norm.variance_epsilon, out_MW[:, : projection.K], rstd_M)
+    return out_MW, rstd_M
+
+
+def attend(
+    block: Block, inputs: dict[str, Any], shape: torch.Size, x_MH: Tensor, factors: Sequence[Tensor]
+) -> Attended:
+    """RMSNorm, q, k, v, RoPE and attention."""
+    n_MW, rstd_M = normed(block.layer.input_layernorm, x_MH, block.qkv)
+    y_MN = block.qkv.forward(n_MW, factors)
+    xa_MR = n_MW[:, block.qkv.K : block.qkv.K + block.qkv.R].clone()
+    del n_MW
+    raw_MN, head_rstd = None, None
+    if block.normed_heads:
+        raw_MN, y_MN = y_MN, torch.empty_like(y_MN)
+        head_rstd = normed_heads(block, raw_MN, y_MN)
+    rotate(block, y_MN, inputs, inverse=False)
+    batch, time = shape[0], shape[1]
+    q, k, v = (
+        part.unflatten(1, (-1, block.head_dim)).unflatten(0, (batch, time)).transpose(1, 2).detach().requires_grad_()
+        for part in y_MN.split([block.q_width, block.kv_width, block.kv_width], dim=1)
+    )
+    with torch.enable_grad():
+        result = attention(block, q, k, v, inputs)
+    return Attended(xa_MR, rstd_M, (q, k, v), result, raw_MN, head_rstd)
+
+
+def attention(block: Block, q: Tensor, k: Tensor, v: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """softmax(q k' / sqrt(D)) v, [B, heads, T, D]."""
+    if inputs["mask"] is None and not inputs["kwargs"]:
+        grouped = q.shape[1] != k.shape[1]
+        return functional.scaled_dot_product_attention(
+            q, k, v, is_causal=q.shape[2] > 1, scale=block.attention.scaling, enable_gqa=grouped
+        )
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    function = ALL_ATTENTION_FUNCTIONS[block.attention.config._attn_implementation]
+    window = {"sliding_window": w} if (w := getattr(block.attention, "sliding_window", None)) else {}
+    result: Tensor = function(
+        block.attention, q, k, v, inputs["mask"], dropout=0.0, scaling=block.attention.scaling, **window,
+        **inputs["kwargs"],
+    )[0]  # fmt: skip
+    return result.transpose(1, 2)
+
+
+def attention_backward(block: Block, inputs: dict[str, Any], kept: Attended, da_MK: Tensor, x_MH: Tensor) -> Tensor:
+    """The gradient of q, k, v before RoPE in the first columns of a buffer for the projection's backward."""
+    batch, time = kept.result.shape[0], kept.result.shape[2]
+    da = da_MK.view(batch, time, -1, block.head_dim).transpose(1, 2)
+    grads = torch.autograd.grad(kept.result, kept.heads, da)
+    width = block.qkv.N + block.qkv.padded_rank(x_MH.device)
+    dqkv_MW = torch.empty(len(x_MH), width, dtype=x_MH.dtype, device=x_MH.device)
+    ends = (0, block.q_width, block.q_width + block.kv_width, block.qkv.N)
+    for start, stop, grad in zip(ends, ends[1:], grads, strict=False):
+        dqkv_MW[:, start:stop].unflatten(1, (-1, block.head_dim)).unflatten(0, (batch, time)).copy_(
+            grad.transpose(1, 2)
+        )
+    rotate(block, dqkv_MW, inputs, inverse=True)
+    if block.normed_heads:
+        normed_heads_backward(block, kept, dqkv_MW)
+    return dqkv_MW
+
+
+def rotate(block: Block, y_MN: Tensor, inputs: dict[str, Any], inverse: bool) -> None:
+    """RoPE, in place, on the q and k columns of [M, >= q + k columns]."""
+    both = y_MN[:, : block.q_width + block.kv_width].unflatten(1, (-1, block.head_dim))
+    cos_TD, sin_TD = (inputs[name].reshape(-1, block.head_dim) for name in ("cos", "sin"))
+    rotate_(both, cos_TD, sin_TD, inverse)
+
+
+def normed_heads(block: Block, raw_MN: Tensor, out_MN: Tensor) -> tuple[Tensor, Tensor]:
+    """Qwen3's RMSNorm over each head of q and k; v is copied. Returns both 1 / rms, one a token and head."""
+    found = []
+    for norm, columns in _head_columns(block):
+        raw, out = (t[:, columns].unflatten(1, (-1, block.head_dim)) for t in (raw_MN, out_MN))
+        flat = raw.reshape(-1, block.head_dim)
+        rstd = torch.empty(len(flat), dtype=statistics_dtype(raw_MN), device=raw_MN.device)
+        result = torch.empty_like(flat)
+        rms_norm(flat, norm.weight, norm.variance_epsilon, result, rstd)
+        out.copy_(result.view(out.shape))
+        found.append(rstd)
+    rest = block.q_width + block.kv_width
+    out_MN[:, rest:] = raw_MN[:, rest:]
+    return found[0], found[1]
+
+
+def normed_heads_backward(block: Block, kept: Attended, dqkv_MW: Tensor) -> None:
+    """The backward of `normed_heads`, in place."""
+    assert kept.raw_MN is not None
+    assert kept.head_rstd is not None
+    for (norm, columns), rstd in zip(_head_columns(block), kept.head_rstd, strict=True):
+        raw = kept.raw_MN[:, columns].reshape(-1, block.head_dim)
+        view = dqkv_MW[:, columns].unflatten(1, (-1, block.head_dim))
+        result = torch.empty_like(raw)
+        rms_norm_backward(view.reshape(-1, block.head_dim), raw, norm.weight, rstd, None, result)
+        view.copy_(result.view(view.shape))
+
+
+def _head_columns(block: Block) -> list[tuple[Any, slice]]:
+    attention = block.attention
+    return [
+        (attention.q_norm, slice(0, block.q_width)),
+        (attention.k_norm, slice(block.q_width, block.q_width + block.kv_width)),
+    ]
+
+
+def joined_heads(block: Block, result: Tensor, like: Tensor) -> Tensor:
+    """The attention's output [B, heads, T, D] as rows [M, K] in a buffer for the output projection."""
+    batch, _, time, _ = result.shape
+    a_MW = block.output.room(batch * time, like)
+    a_MW[:, : block.output.K].unflatten(1, (-1, block.head_dim)).unflatten(0, (batch, time)).copy_(
+        result.detach().transpose(1, 2)
+    )
+    return a_MW
+
+
+def widened(dy_MN: Tensor, projection: Projection) -> Tensor:
+    """dy in the first N columns of [M, N + P]."""
+    width = projection.N + projection.padded_rank(dy_MN.device)
+    dy_MW = torch.empty(len(dy_MN), width, dtype=dy_MN.dtype, device=dy_MN.device)
+    dy_MW[:, : projection.N] = dy_MN
+    return dy_MW
+
+
+def adapter_shape(layer: Any) -> tuple[int, float]:
+    """Rank and scale of a layer's active adapter; 0 where it has none."""
+    if not hasattr(layer, "lora_A"):
+        return 0, 0.0
+    (name,) = layer.active_adapters
+    return (layer.r[name], layer.scaling[name]) if name in layer.lora_A else (0, 0.0)
+
+
+def frozen_weight_into(out_NK: Tensor, layer: Any) -> None:
+    """Write a layer's frozen weight, dequantised where it is 4-bit, into `out_NK`."""
+    current = getattr(layer, "current_weight", None)
+    weight = layer.weight if current is None else current()
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        out_NK.copy_(weight)
+        return
+    nested = None
+    if state.nested:
+        nested = NestedAbsmax(state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize)
+    dequantize_4bit_into(out_NK, weight.data.view(-1), state.absmax, state.code, state.blocksize, nested)
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """fp32, or fp64 for fp64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def product_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a b, accumulated and given in fp32 (fp64 for fp64)."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+_SCRATCH: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+def scratch(size: int, like: Tensor) -> Tensor:
+    """A flat buffer for one dequantised weight at a time; all layers share it, since one GEMM follows another."""
+    key = (like.device, like.dtype)
+    if key not in _SCRATCH or _SCRATCH[key].numel() < size:
+        _SCRATCH[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+    return _SCRATCH[key][:size]

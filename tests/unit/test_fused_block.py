@@ -1,0 +1,201 @@
+"""The fused decoder layer against transformers + PEFT, in float64 and fp32, for each family and plan.
+
+In float64 the reference is plain PEFT over dequantised weights with a float64 RMSNorm (transformers' computes in fp32):
+what is left is the order of sums, about 1e-15 relative; 1e-9 leaves room for depth. In fp32 nothing is patched in the
+reference; 1e-6 of the norm of all gradients is a few roundings of fp32 (6e-8; a single weight's gradient can be a small
+difference of large numbers).
+"""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM as Auto
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+from qlora_dist.model.block import KEEP_ALL, RECOMPUTE_ALL, Plan
+from qlora_dist.model.fused import fuse, fused_loss_sum, set_plan
+
+# bitsandbytes' CPU kernel dequantises wrongly where the inputs are no multiple of the block of 64 values.
+SIZES: dict[str, Any] = dict(
+    vocab_size=61, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=64, attn_implementation="sdpa",
+)  # fmt: skip
+FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "llama with biases": lambda: LlamaConfig(**SIZES, attention_bias=True),
+    "tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "mistral with a window": lambda: MistralConfig(**SIZES, sliding_window=5),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES),
+}
+PLANS = {"keep": KEEP_ALL, "recompute": RECOMPUTE_ALL, "gate and up again": Plan(gate_up=False),
+         "attention again": Plan(attention=False)}  # fmt: skip
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "all linear": dict(r=4, lora_alpha=12, target_modules="all-linear"),
+    "patterns": dict(r=4, lora_alpha=8, target_modules="all-linear", rank_pattern={"q_proj": 7, "up_proj": 2},
+                     alpha_pattern={"v_proj": 3}, use_rslora=True),
+    "some": dict(r=3, lora_alpha=6, target_modules=["k_proj", "gate_proj", "o_proj"]),
+    "one layer": dict(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], layers_to_transform=[1]),
+}  # fmt: skip
+
+
+class Float64RMSNorm(nn.Module):
+    """RMSNorm in the dtype of its input."""
+
+    def __init__(self, norm: Any):
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+def adapted(config: PretrainedConfig, dtype: torch.dtype, adapter: dict[str, Any]) -> nn.Module:
+    torch.manual_seed(3)
+    model = Auto.from_config(config, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("norm.weight", "bias")):
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    model.requires_grad_(False)
+    made = get_peft_model(model, LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **adapter))
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.2 * parameter.data.to(dtype)
+    return made.train()
+
+
+def with_float64_norms(model: nn.Module) -> nn.Module:
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                setattr(module, name, Float64RMSNorm(child))
+    return model
+
+
+def batch(packed: bool) -> dict[str, Tensor]:
+    torch.manual_seed(4)
+    ids = torch.randint(0, 61, (2, 11))
+    if not packed:
+        return {"input_ids": ids}
+    return {"input_ids": ids, "position_ids": torch.tensor([[*range(4), *range(7)], [*range(6), *range(5)]])}
+
+
+def losses(model: nn.Module, inputs: dict[str, Tensor], fused: bool) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Loss at some positions, the gradient of each adapter weight, and that of the embedding's output."""
+    index_N = torch.tensor([1, 2, 9, 13, 14, 15, 20])
+    target_N = torch.tensor([5, 60, 3, 17, 17, 0, 31])
+    captured: list[Tensor] = []
+    base: Any = model.get_base_model()
+    handle = base.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: captured.append(output.requires_grad_()) or output
+    )
+    if fused:
+        loss = fused_loss_sum(model, index_N, target_N, use_cache=False, **inputs)
+        assert loss is not None
+    else:
+        logits = model(use_cache=False, **inputs).logits
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1)[index_N], target_N, reduction="sum")
+    handle.remove()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(loss, [*trained.values(), captured[0]])
+    return loss.detach(), dict(zip(trained, grads, strict=False)), grads[-1]
+
+
+def assert_close(found: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
+    assert torch.linalg.vector_norm(found - wanted) <= tolerance * torch.linalg.vector_norm(wanted), what
+
+
+def compare(
+    fused: nn.Module, stock: nn.Module, inputs: dict[str, Tensor], tolerance: float, together: bool = False
+) -> None:
+    loss, grads, dx = losses(fused, inputs, fused=True)
+    wanted, wanted_grads, wanted_dx = losses(stock, inputs, fused=False)
+    assert_close(loss, wanted, tolerance, "loss")
+    assert_close(dx, wanted_dx, tolerance, "embedding")
+    assert grads.keys() == wanted_grads.keys()
+    if together:
+        every, wanted_every = (torch.cat([g.flatten() for g in part.values()]) for part in (grads, wanted_grads))
+        return assert_close(every, wanted_every, tolerance, "all gradients")
+    for name, grad in grads.items():
+        assert_close(grad, wanted_grads[name], tolerance, name)
+
+
+def pairs() -> Iterator[Any]:
+    for family in FAMILIES:
+        for plan in PLANS:
+            yield pytest.param(family, plan, "all linear", id=f"{family}-{plan}")
+    for adapter in ADAPTERS:
+        yield pytest.param("qwen2", "keep", adapter, id=f"qwen2-{adapter}")
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize(("family", "plan", "adapter"), pairs())
+def test_fused_layers_equal_plain_peft_in_float64(family: str, plan: str, adapter: str, packed: bool) -> None:
+    stock = with_float64_norms(adapted(FAMILIES[family](), torch.float64, ADAPTERS[adapter]))
+    fused = deepcopy(stock)
+    blocks = fuse(fused)
+    assert len(blocks) == 2
+    set_plan(blocks, PLANS[plan])
+    compare(fused, stock, batch(packed), 1e-9)
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_layers_equal_stock_bitsandbytes_and_peft_in_fp32(family: str, double: bool) -> None:
+    stock = adapted(FAMILIES[family](), torch.float32, ADAPTERS["all linear"])
+    quantise(stock, double)
+    fused = deepcopy(stock)
+    fuse(fused)
+    compare(fused, stock, batch(False), 1e-6, together=True)
+
+
+def quantise(model: nn.Module, double: bool) -> None:
+    """Put NF4 layers under the adapters, as bitsandbytes makes them."""
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        if base is None:
+            continue
+        layer = bnb.nn.Linear4bit(
+            base.in_features, base.out_features, bias=base.bias is not None, compute_dtype=torch.float32,
+            quant_type="nf4", compress_statistics=double,
+        )  # fmt: skip
+        layer.weight = bnb.nn.Params4bit(
+            base.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=double, module=layer
+        )
+        if base.bias is not None:
+            layer.bias = base.bias
+        module.base_layer = layer.to("cpu").train()
+        assert module.base_layer.weight.quant_state.nested == double
+
+
+def test_generation_and_the_bare_base_go_through_the_usual_forward() -> None:
+    stock = adapted(FAMILIES["llama"](), torch.float32, ADAPTERS["all linear"]).eval()
+    fused = deepcopy(stock)
+    fuse(fused)
+    ids = batch(False)["input_ids"]
+    kwargs = dict(input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(fused.generate(**kwargs), stock.generate(**kwargs))
+    with fused.disable_adapter(), stock.disable_adapter():
+        torch.testing.assert_close(fused(input_ids=ids).logits, stock(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "reason"),
+    [
+        ({"lora_dropout": 0.1}, "lora_dropout"),
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["input_layernorm"]}, "modules_to_save"),
+    ],
+)
+def test_a_layer_that_cannot_run_fused_stays_as_it_is_and_is_told_of_once(adapter: dict[str, Any], reason: str) -> None:
+    told: list[str] = []
+    model = adapted(FAMILIES["llama"](), torch.float32, ADAPTERS["all linear"] | adapter)
+    assert fuse(model, told.append) == []
+    assert len(told) == 1
+    assert reason in told[0]

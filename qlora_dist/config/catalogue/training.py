@@ -15,7 +15,7 @@ TRAINING: dict[str, Mendable] = {
     ),
     "loss-not-finite": Mendable(
         "the loss or its gradient was not finite in {bad_steps} steps in a row, up to step {step} "
-        "(train.max_bad_steps); the last checkpoint is from before them",
+        "(train.max_bad_steps), and the last checkpoint is from before them",
         "lower train.learning_rate or look at the data of these steps, then run the same command again",
     ),
     "packing-without-positions": Mendable(

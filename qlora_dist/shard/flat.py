@@ -130,6 +130,12 @@ class FlatAdapter:
         for weight, piece in zip(self.weights, pieces, strict=False):
             weight.owner.__dict__[weight.attribute] = piece[: weight.numel].view(weight.shape)
 
+    def drop_views(self) -> None:
+        """Forget the views that `set_views` made, so that the gathered parameter's memory can be freed."""
+        nothing = torch.empty(0, dtype=torch.float32, device=self.module._parameters[FLAT].device)  # type: ignore[union-attr]
+        for weight in self.weights:
+            weight.owner.__dict__[weight.attribute] = nothing
+
     def join(self, state: dict[str, Tensor]) -> Tensor:
         """The flat parameter [N] that holds the weights of `state`, padded with zeros."""
         device = next(iter(state.values())).device

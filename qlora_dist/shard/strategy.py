@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qlora_dist.config.schema import RunConfig
+from qlora_dist.shard.frozen import Shards
 
 OptimizerFactory = Callable[[dict[str, nn.Parameter]], Optimizer]
 
@@ -65,8 +67,22 @@ class Strategy(Protocol):
         """Take `state` up, whatever strategy and world size it was saved under."""
 
 
-def make_strategy(config: RunConfig, world_size: int, local_world_size: int) -> Strategy:
-    """The strategy that `config` names; all but none need an initialised process group."""
+def base_shards(config: RunConfig, world_size: int, local_world_size: int) -> int:
+    """Over how many workers one copy of the base is spread; neighbouring ranks hold it together, in their order."""
+    shard = config.shard
+    if config.strategy == "zero3" or (config.strategy == "fsdp" and shard.frozen != "replicate"):
+        return world_size
+    if config.strategy == "hybrid" and shard.frozen != "replicate":
+        return shard.hybrid_shard_size or local_world_size
+    return 1
+
+
+def make_strategy(config: RunConfig, world_size: int, local_world_size: int, loaded: Shards | None = None) -> Strategy:
+    """The strategy that `config` names; all but none need an initialised process group.
+
+    Args:
+        loaded: units that were cut into `base_shards` shards when they were loaded, by name.
+    """
     shard = config.shard
     match config.strategy:
         case "none":
@@ -86,5 +102,13 @@ def make_strategy(config: RunConfig, world_size: int, local_world_size: int) -> 
                 reshard_after_forward=shard.reshard_after_forward,
                 prefetch=shard.prefetch_layers,
                 offload_shards="shards" in shard.offload,
+                loaded=loaded,
+                timeout=timedelta(seconds=config.launch.collective_timeout_s),
             )
+        case "zero2" | "zero3":
+            from qlora_dist.config.deepspeed import deepspeed_settings
+            from qlora_dist.shard.zero import Zero2, Zero3
+
+            settings = deepspeed_settings(config)
+            return Zero2(settings) if config.strategy == "zero2" else Zero3(settings, loaded)
     raise ValueError(f"no strategy {config.strategy}")

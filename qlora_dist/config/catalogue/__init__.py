@@ -8,6 +8,7 @@ from qlora_dist.config.catalogue.data import DATA
 from qlora_dist.config.catalogue.entry import Mendable
 from qlora_dist.config.catalogue.launching import LAUNCHING
 from qlora_dist.config.catalogue.model import MODEL
+from qlora_dist.config.catalogue.sharding import SHARDING
 from qlora_dist.config.catalogue.tracking import TRACKING
 from qlora_dist.config.catalogue.training import TRAINING
 
@@ -17,6 +18,7 @@ AREAS: dict[str, dict[str, Mendable]] = {
     "Settings that do not go together": CONTRADICTIONS,
     "Launching and workers": LAUNCHING,
     "Training": TRAINING,
+    "Sharding": SHARDING,
     "Data": DATA,
     "Base models": MODEL,
     "Adapters": ADAPTER,

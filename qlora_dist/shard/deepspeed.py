@@ -1,0 +1,113 @@
+"""DeepSpeed as a library among others: started quietly inside our process group, with no say in what our loop does."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from qlora_dist.model.quiet import mute_known_chatter
+from qlora_dist.shard.pieces import Piece, PieceOptimizer
+
+
+class SteppedByPieces(Optimizer):
+    """The optimizer that DeepSpeed is given: it holds DeepSpeed's flat partition and steps ours, piece by piece.
+
+    Args:
+        flats: the flat adapter parameters, in whose place DeepSpeed puts this rank's partition of them all.
+
+    Attributes:
+        skipping: leave the next step out.
+    """
+
+    def __init__(self, flats: list[nn.Parameter]):
+        super().__init__(flats, {"lr": 0.0})
+        self.ours: PieceOptimizer | None = None
+        self.layout: list[tuple[Piece, int]] = []
+        self.skipping = False
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step our optimizer with the gradient that DeepSpeed has put on its partition."""
+        assert self.ours is not None
+        if self.skipping:
+            return
+        (partition,) = self.param_groups[0]["params"]
+        for piece, offset in self.layout:
+            piece.parameter.grad = partition.grad[offset : offset + piece.parameter.numel()]
+        self.ours.optimizer.step()
+        self.ours.optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def library(device: torch.device) -> Iterator[Any]:
+    """The `deepspeed` package, ready to build an engine on `device` in the process group of this moment.
+
+    A worker alone gets a process group of its own.
+    """
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    mute_known_chatter()
+    # It reads the device from the environment, where a launcher may have left another count than ours.
+    needed = {
+        "DS_ACCELERATOR": device.type,
+        "RANK": str(dist.get_rank()),
+        "WORLD_SIZE": str(dist.get_world_size()),
+        "LOCAL_RANK": str(device.index or 0),
+    }
+    before = {name: os.environ.get(name) for name in needed}
+    os.environ |= needed
+    try:
+        yield _import()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _import() -> Any:
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.comm import comm
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.utils import groups
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated")
+    # It would spend a minute compiling an all-reduce of its own for CPUs, with other sums than gloo's.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # What it remembers of a process group that an earlier run of this process has closed.
+    comm.cdb = None
+    groups._release_process_group_references()
+    parameter_offload.FWD_MODULE_STACK.clear()
+    # A group of its own would have a timeout of its own, and a stuck rank would be noticed later than configured.
+    groups._WORLD_GROUP = dist.group.WORLD
+    return deepspeed
+
+
+def clip_shards(grads: list[Tensor], factor: float, max_norm: float, loss_scale: float, device: torch.device) -> Tensor:
+    """Multiply this rank's parts of the gradients by `factor`, divide by `loss_scale`, and clip them.
+
+    Args:
+        max_norm: of the gradients over all ranks; 0 leaves them unclipped.
+
+    Returns:
+        Their norm over all ranks before clipping, a scalar on `device`.
+    """
+    squares = torch.stack(torch._foreach_norm(grads)).square().sum().to(device)
+    dist.all_reduce(squares)
+    norm = squares.sqrt() * (factor / loss_scale)
+    scale: float | Tensor = factor / loss_scale
+    if max_norm > 0:
+        scale = (torch.clamp(max_norm / (norm + 1e-6), max=1.0) * scale).to(grads[0].device)
+    if max_norm > 0 or scale != 1.0:
+        torch._foreach_mul_(grads, scale)
+    return norm

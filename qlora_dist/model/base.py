@@ -1,5 +1,6 @@
 """The frozen base model on its device, in NF4, FP4 or in the compute dtype, and its tokenizer."""
 
+import gc
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,10 @@ from qlora_dist.config.folders import folder_lock, publish_folder
 from qlora_dist.config.schema import AdapterConfig, ModelConfig
 from qlora_dist.model.cache import check_cache, holds_anything, write_cache
 from qlora_dist.model.inits import init_settings, split_tensors
+from qlora_dist.model.placement import Placement
 from qlora_dist.model.quiet import quiet_libraries
 from qlora_dist.model.resolve import is_hub_id
-from qlora_dist.model.stream import stream_model
+from qlora_dist.model.stream import ALONE, stream_model
 from qlora_dist.model.synthetic import synthetic_tensors
 from qlora_dist.model.tensors import LazyTensor, folder_tensors
 from qlora_dist.model.weights import base_fingerprint, is_synthetic
@@ -63,7 +65,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
 
 
 def load_base(
-    config: ModelConfig, folder: Path, device: torch.device, adapter: AdapterConfig | None = None
+    config: ModelConfig,
+    folder: Path,
+    device: torch.device,
+    adapter: AdapterConfig | None = None,
+    placement: Placement = ALONE,
 ) -> "PreTrainedModel":
     """The base model on `device`, frozen, without a key-value cache, in evaluation mode.
 
@@ -76,6 +82,7 @@ def load_base(
     Args:
         adapter: for an `init_lora_weights` that changes the base (PiSSA, LoftQ); the model is then the one in
             `cache_quantized`, and `name_or_path` names that folder.
+        placement: how several ranks load together; weights that it takes up are left empty, of their shape.
 
     Raises:
         UserError: the cache is damaged or another base's or setting's; the base comes quantised in another way; the
@@ -86,11 +93,11 @@ def load_base(
     own_quantization = json.loads((folder / "config.json").read_text()).get("quantization_config")
     if own_quantization:
         _check_own_quantization(config, folder, own_quantization, adapter)
-        model = _from_folder(config, folder, device, dtype, quantize=False)
+        model = _from_folder(config, folder, device, dtype, False, placement)
     elif config.quantization != "none" and config.cache_quantized is not None:
-        model = _through_cache(config, folder, device, dtype, adapter)
+        model = _through_cache(config, folder, device, dtype, adapter, placement)
     else:
-        model = _from_folder(config, folder, device, dtype, quantize=config.quantization != "none")
+        model = _from_folder(config, folder, device, dtype, config.quantization != "none", placement)
     if device.type == "cpu":
         keep_exact_cpu_kernels(model)
     model.requires_grad_(False)
@@ -125,9 +132,15 @@ def linear4bit_layers(model: torch.nn.Module) -> list[Any]:
 
 
 def _from_folder(
-    config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype, quantize: bool
+    config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype, quantize: bool, placement: Placement
 ) -> "PreTrainedModel":
-    return _filled(config, folder, _tensors(config, folder, device), device, dtype, quantize)
+    # Made weights are the same on every rank.
+    tensors = (
+        synthetic_tensors(config, folder, device)
+        if is_synthetic(folder)
+        else placement.share(lambda: folder_tensors(folder), device)
+    )
+    return _filled(config, folder, tensors, device, dtype, quantize, placement)
 
 
 def _filled(
@@ -137,46 +150,69 @@ def _filled(
     device: torch.device,
     dtype: torch.dtype,
     quantize: bool,
+    placement: Placement,
 ) -> "PreTrainedModel":
-    model = stream_model(config, folder, tensors, device, dtype, quantize)
+    model = stream_model(config, folder, tensors, device, dtype, quantize, placement)
     # A folder that was quantised elsewhere brings the compute dtype of its writer.
     for module in linear4bit_layers(model):
         module.compute_dtype, module.compute_type_is_set = dtype, True
     return model
 
 
-def _tensors(config: ModelConfig, folder: Path, device: torch.device) -> dict[str, LazyTensor]:
-    if is_synthetic(folder):
-        return synthetic_tensors(config, folder, device)
-    return folder_tensors(folder)
-
-
 def _through_cache(
-    config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype, adapter: AdapterConfig | None
+    config: ModelConfig,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter: AdapterConfig | None,
+    placement: Placement,
 ) -> "PreTrainedModel":
     cache = _cache_folder(config)
-    settings = {
-        "base": base_fingerprint(folder),
-        "quantization": config.quantization,
-        "double_quant": config.double_quant,
-        "dtype": str(dtype).removeprefix("torch."),
-        "adapter_init": init_settings(adapter),
-    }
-    if not holds_anything(cache):
-        with folder_lock(cache):
-            if not holds_anything(cache):
-                tensors = _tensors(config, folder, device)
-                start: dict[str, torch.Tensor] = {}
-                if adapter is not None and adapter.changes_base:
-                    tensors, start = split_tensors(tensors, config, adapter, folder, device, dtype)
-                model = _filled(config, folder, tensors, device, dtype, quantize=True)
-                tokenizer = load_tokenizer(folder, config.trust_remote_code)
-                if publish_folder(
-                    cache, lambda partial: write_cache(model, tokenizer, folder, partial, settings, start)
-                ):
-                    return model
-    check_cache(cache, settings)
-    return _from_folder(config, cache, device, dtype, quantize=False)
+    written: list[PreTrainedModel] = []
+
+    def prepare() -> None:
+        settings = {
+            "base": base_fingerprint(folder),
+            "quantization": config.quantization,
+            "double_quant": config.double_quant,
+            "dtype": str(dtype).removeprefix("torch."),
+            "adapter_init": init_settings(adapter),
+        }
+        if not holds_anything(cache):
+            with folder_lock(cache):
+                if not holds_anything(cache):
+                    model = _write_cache(config, folder, device, dtype, adapter, settings)
+                    if not placement.splits_work:
+                        written.append(model)
+        check_cache(cache, settings)
+
+    placement.once(prepare)
+    if written:
+        return written[0]
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return _from_folder(config, cache, device, dtype, False, placement)
+
+
+def _write_cache(
+    config: ModelConfig,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter: AdapterConfig | None,
+    settings: dict[str, Any],
+) -> "PreTrainedModel":
+    tensors = synthetic_tensors(config, folder, device) if is_synthetic(folder) else folder_tensors(folder)
+    start: dict[str, torch.Tensor] = {}
+    if adapter is not None and adapter.changes_base:
+        tensors, start = split_tensors(tensors, config, adapter, folder, device, dtype)
+    model = _filled(config, folder, tensors, device, dtype, True, ALONE)
+    tokenizer = load_tokenizer(folder, config.trust_remote_code)
+    publish_folder(
+        _cache_folder(config), lambda partial: write_cache(model, tokenizer, folder, partial, settings, start)
+    )
+    return model
 
 
 def _cache_folder(config: ModelConfig) -> Path:

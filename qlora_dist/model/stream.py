@@ -12,12 +12,14 @@ import torch
 from qlora_dist.config.catalogue.facts import and_more
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import ModelConfig
+from qlora_dist.model.placement import Alone, Placement
 from qlora_dist.model.quiet import mute_known_chatter, quiet_libraries
 from qlora_dist.model.tensors import LazyTensor
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
+ALONE = Alone()
 M_MMAP_THRESHOLD = -3
 GLIBC_LARGEST_THRESHOLD = 2**25
 
@@ -70,18 +72,21 @@ def stream_model(
     device: torch.device,
     dtype: torch.dtype,
     quantize: bool,
+    placement: Placement = ALONE,
 ) -> "PreTrainedModel":
     """The model of `folder`'s config.json filled with `tensors`, in evaluation mode.
 
     transformers does the filling (its renamings, tied weights, buffers, dtypes, and bitsandbytes' quantisation), so
     that the result is what it makes of the folder itself. It is given tensors that exist one at a time: on the host
-    there is never more than the one at hand beside what stays there.
+    there is never more than the one at hand beside what stays there. `placement` sees the model before each of them,
+    and decides what stays.
 
     Raises:
         UserError: it does not fit into the GPU's memory, or a weight of the model is missing or of another shape.
     """
     from transformers import AutoConfig, GenerationConfig
 
+    built: list[PreTrainedModel] = []
     empty = empty_model(config, folder, dtype)
     _check_shapes(empty, tensors, folder)
     model_class: Any = type(empty)
@@ -89,25 +94,47 @@ def stream_model(
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     try:
         with quiet_libraries(), _one_at_a_time():
-            loaded: Any = model_class.from_pretrained(
+            loaded: Any = _shown_to(built, model_class).from_pretrained(
                 None,
                 config=hf_config,
-                state_dict=dict(tensors),
+                state_dict={name: _announced(tensor, placement, built) for name, tensor in tensors.items()},
                 dtype=dtype,
                 device_map={"": device},
                 attn_implementation=config.attn_implementation,
                 output_loading_info=True,
                 **({"quantization_config": bnb_config(config, dtype)} if quantize else {}),
             )
+            model, info = loaded
+            model.__class__ = model_class
+            missing = sorted(info["missing_keys"])
+            if missing:
+                raise UserError("weights-missing", folder=folder, weights=and_more(missing))
+            placement.filled(model)
+            built.clear()
     except torch.OutOfMemoryError as error:
         raise UserError("model-too-large", name=config.name, device=device) from error
-    model, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise UserError("weights-missing", folder=folder, weights=and_more(missing))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
+    return model  # type: ignore[no-any-return]
+
+
+def _shown_to(built: list["PreTrainedModel"], model_class: Any) -> Any:
+    """`model_class`, whose instances put themselves into `built`: transformers fills a model that it shows nobody."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, *args, **kwargs)
+        built.append(self)
+
+    names = {"__init__": __init__, "__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
+    return type(model_class.__name__, (model_class,), names)
+
+
+def _announced(tensor: LazyTensor, placement: Placement, built: list["PreTrainedModel"]) -> LazyTensor:
+    def make() -> torch.Tensor:
+        placement.filling(built[0])
+        return tensor[...]
+
+    return LazyTensor(tuple(tensor.get_shape()), tensor.get_dtype(), make)
 
 
 def _check_shapes(empty: "PreTrainedModel", tensors: Mapping[str, LazyTensor], folder: Path) -> None:
@@ -129,14 +156,20 @@ def _give_freed_tensors_back_above(size: int) -> None:
 
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
+    from transformers import modeling_utils
+
     # transformers' loading threads run ahead of what they feed and hold several tensors at once.
     name = "HF_DEACTIVATE_ASYNC_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
     _give_freed_tensors_back_above(2**20)
+    # It takes the GPU memory for the whole model at once, of which a rank may keep a shard alone.
+    reserve = modeling_utils.caching_allocator_warmup
+    modeling_utils.caching_allocator_warmup = lambda *_: None
     try:
         yield
     finally:
+        modeling_utils.caching_allocator_warmup = reserve
         _give_freed_tensors_back_above(GLIBC_LARGEST_THRESHOLD)
         if before is None:
             del os.environ[name]

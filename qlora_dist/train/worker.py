@@ -37,6 +37,7 @@ from qlora_dist.model.resolve import resolve_base
 from qlora_dist.model.weights import base_fingerprint
 from qlora_dist.optim.optimizers import build_optimizer
 from qlora_dist.optim.schedules import build_schedule
+from qlora_dist.shard.loading import make_placement
 from qlora_dist.shard.strategy import FullState, Strategy, make_strategy
 from qlora_dist.track.attempt import open_metrics
 from qlora_dist.train.boundaries import check_document_boundaries
@@ -105,7 +106,8 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
     check_shared(worker.run_dir, worker.nonce)
     resume_from = agree(worker, resume_path(config, worker, note) if lead else None)
 
-    folder = resolve_base(config.model)
+    placement = make_placement(config, worker.rank, worker.world_size, worker.local_rank, worker.local_world_size)
+    folder = placement.once(partial(resolve_base, config.model))
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
     train_table, eval_table = prepare_data(config.data, tokenizer, config.seed)
     order = GlobalOrder(train_table.num_packs, config.global_batch_size, config.data.shuffle, config.seed)
@@ -114,7 +116,7 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
         describe_data(note, tokenizer, train_table, eval_table, config, total_steps)
 
     dtype = compute_dtype(config.model, worker.device)
-    base = load_base(config.model, folder, worker.device, config.adapter)
+    base = load_base(config.model, folder, worker.device, config.adapter, placement)
     check_vocabulary(base, tokenizer, [table for table in (train_table, eval_table) if table is not None])
     adapted = attach_adapter(base, config.adapter, config.seed, config.model.revision)
     if config.train.gradient_checkpointing:
@@ -125,13 +127,13 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
 
     if config.strategy == "none" and worker.world_size > 1:
         raise ValueError(f"strategy none with {worker.world_size} workers would train {worker.world_size} adapters")
-    strategy = make_strategy(config, worker.world_size, worker.local_world_size)
+    strategy = make_strategy(config, worker.world_size, worker.local_world_size, placement.loaded)
     model = strategy.apply(adapted, partial(build_optimizer, config=config.train, notice=partial(note, "notice")))
     if config.data.packing:
         check_document_boundaries(model, lays_flat(config), dtype, worker.device)
     adapter_config = adapter_config_json(adapted)
     adapter_settings = json.loads(adapter_config)
-    identity = run_identity(config, folder, train_table, adapter_settings)
+    identity = agree(worker, run_identity(config, folder, train_table, adapter_settings) if lead else None)
     progress = Progress(loss_scale=LossScale.for_dtype(dtype))
     if resume_from is not None:
         progress = resume(Path(resume_from), strategy, identity)

@@ -5,6 +5,7 @@ way: adapters are fp32 masters, the base is bytes, and the loop's autocast says 
 """
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -71,6 +72,7 @@ class FullyShard:
         prefetch: units that are gathered ahead of the one that computes.
         offload_shards: keep shards, gradients and optimizer state in host memory.
         loaded: units whose bytes are sharded already, by name, each with this rank's shard.
+        timeout: how long a collective waits for its ranks; PyTorch's own where unset.
     """
 
     optimizer: Optimizer
@@ -84,16 +86,18 @@ class FullyShard:
         prefetch: int = 1,
         offload_shards: bool = False,
         loaded: dict[str, tuple[FrozenUnit, Tensor]] | None = None,
+        timeout: timedelta | None = None,
     ):
         self.shards, self.frozen, self.prefetch = shards, frozen, prefetch
         self.reshard_after_forward, self.offload_shards = reshard_after_forward, offload_shards
         self.loaded = loaded or {}
+        self.timeout = timeout
 
     def apply(self, model: nn.Module, make_optimizer: OptimizerFactory) -> nn.Module:
         """See `Strategy.apply`."""
         base = base_of(model)
         self.device: torch.device = next(p for p in base.parameters() if p.device.type != "meta").device
-        self.mesh = make_mesh(self.device, self.shards)
+        self.mesh = make_mesh(self.device, self.shards, self.timeout)
         self.shard_mesh = self.mesh["shard"]
         self.shard_rank = self.shard_mesh.get_local_rank()
         units = find_units(model)
@@ -110,7 +114,8 @@ class FullyShard:
             if unit.adapter is not None:
                 unit.cut(self.shard_rank)
                 pieces |= {name: piece for name, (_, _, piece) in unit.pieces.items()}
-        self.optimizer = make_optimizer(pieces)
+        # A rank beyond the last block of a small adapter trains nothing, and optimizers refuse to be empty.
+        self.optimizer = make_optimizer(pieces or {"nothing": nn.Parameter(torch.zeros(1, device=self.device))})
         self.in_8bit = {s.name: s.in_8bit for unit in self.units for s, _, _ in unit.pieces.values()}
         init_optimizer_state(self.optimizer, pieces, self.in_8bit)
         return model
@@ -177,11 +182,12 @@ class FullyShard:
         grads = [
             grad for unit in self.units if unit.pieces and (grad := unit.set_gradients(self.shard_rank)) is not None
         ]
-        squares = torch.stack(torch._foreach_norm(grads)).square().sum().to(self.device)
+        norms = torch.stack(torch._foreach_norm(grads)) if grads else torch.zeros(1)
+        squares = norms.square().sum().to(self.device)
         dist.all_reduce(squares, group=self.shard_mesh.get_group())
         norm = squares.sqrt() / loss_scale
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0) / loss_scale if max_norm > 0 else 1.0 / loss_scale
-        if max_norm > 0 or loss_scale != 1.0:
+        if grads and (max_norm > 0 or loss_scale != 1.0):
             torch._foreach_mul_(grads, scale.to(grads[0].device) if isinstance(scale, Tensor) else scale)
         return norm
 
@@ -292,18 +298,27 @@ def grain_of(key: str) -> int:
     return BLOCK if key.startswith("absmax") else 1
 
 
-def make_mesh(device: torch.device, shards: int) -> DeviceMesh:
+def make_mesh(device: torch.device, shards: int, timeout: timedelta | None = None) -> DeviceMesh:
     """The mesh of all workers: `shards` of them hold one copy of the model, neighbouring ranks together.
+
+    Args:
+        timeout: of the collectives in a part of the mesh; those of all workers have the process group's.
 
     Raises:
         ValueError: the world size is no multiple of `shards`.
     """
-    world_size = dist.get_world_size()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % shards:
         raise ValueError(f"{world_size} workers cannot form groups of {shards}")
     if world_size == shards:
         return init_device_mesh(device.type, (shards,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (world_size // shards, shards), mesh_dim_names=("replicate", "shard"))
+    ranks = torch.arange(world_size).view(-1, shards)
+    # Groups that a mesh makes itself wait as long as PyTorch thinks right.
+    mine = []
+    for groups in (ranks.T.tolist(), ranks.tolist()):
+        made = [(members, dist.new_group(members, timeout=timeout)) for members in groups]
+        mine.append(next(group for members, group in made if rank in members))
+    return DeviceMesh.from_group(mine, device.type, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def _view_hook(unit: ShardedUnit) -> Callable[..., None]:

@@ -16,6 +16,11 @@ from qlora_dist.coordinate.state import Coordinator
 from qlora_dist.track.metrics import read_metrics
 
 TOKEN = "of-this-test"
+CONTEXT = multiprocessing.get_context("forkserver")
+# Processes are forked from one that has imported all of this, once for a whole test session.
+PRELOAD = ["bitsandbytes", "peft", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama",
+           "qlora_dist.train.worker", "qlora_dist.shard.fsdp", "qlora_dist.shard.ddp"]  # fmt: skip
+CONTEXT.set_forkserver_preload(PRELOAD)
 Sabotage = Callable[[int], None]
 
 
@@ -39,9 +44,8 @@ def train_in_group(configs: Sequence[RunConfig], world_size: int, sabotage: Sabo
             service = CoordinatorService(Coordinator(config.run_dir), TOKEN)
             services.append(service)
             plans.append((config, service.url, info.nonce, free_port()))
-        context = multiprocessing.get_context("spawn")
         processes = [
-            context.Process(target=_worker_process, args=(rank, world_size, plans, sabotage))
+            CONTEXT.Process(target=_worker_process, args=(rank, world_size, plans, sabotage, dict(os.environ)))
             for rank in range(world_size)
         ]
         for process in processes:
@@ -57,13 +61,16 @@ def train_in_group(configs: Sequence[RunConfig], world_size: int, sabotage: Sabo
             service.stop()
 
 
-def _worker_process(rank: int, world_size: int, plans: list[tuple[Any, ...]], sabotage: Sabotage | None) -> None:
+def _worker_process(
+    rank: int, world_size: int, plans: list[tuple[Any, ...]], sabotage: Sabotage | None, environment: dict[str, str]
+) -> None:
     import torch
 
     from qlora_dist.coordinate.client import HttpClient
     from qlora_dist.train.context import Worker
     from qlora_dist.train.worker import train
 
+    os.environ |= environment
     torch.set_num_threads(1)
     if sabotage is not None:
         sabotage(rank)

@@ -162,11 +162,14 @@ def join_process_group(config: RunConfig, worker: Worker) -> None:
     """Connect the ranks, unless the launcher has done it; a collective fails after `launch.collective_timeout_s`."""
     if worker.device.type == "cuda":
         torch.cuda.set_device(worker.device)
-    if worker.world_size > 1 and not dist.is_initialized():
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if worker.device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=config.launch.collective_timeout_s),
-        )
+    if dist.is_initialized() or (worker.world_size == 1 and config.strategy == "none"):
+        return
+    backend = "cpu:gloo,cuda:nccl" if worker.device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=config.launch.collective_timeout_s)
+    if worker.world_size == 1:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
 
 
 def join_attempt(worker: Worker, timeout_s: float) -> int:

@@ -103,7 +103,9 @@ class Projection:
             ]
         )
 
-    def forward(self, x_MW: Tensor, factors: Sequence[Tensor], residual_MN: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_MW: Tensor, factors: Sequence[Tensor], residual_MN: Tensor | None = None, out_MN: Tensor | None = None
+    ) -> Tensor:
         """y = x W' + (x A') (s B)' [+ bias] [+ residual], [M, N]; fills the columns of `x_MW` that hold x A'."""
         a_RK, b_NR = self._joined(factors, x_MW)
         x_MK = x_MW[:, : self.K]
@@ -116,9 +118,11 @@ class Projection:
         w_NW[:, self.K + self.R :] = 0
         bias_N = self.bias()
         if bias_N is not None:
-            y_MN = torch.addmm(bias_N.to(x_MW.dtype), x_MW, w_NW.t())
+            y_MN = torch.addmm(bias_N.to(x_MW.dtype), x_MW, w_NW.t(), out=out_MN)
             return y_MN if residual_MN is None else y_MN.add_(residual_MN)
-        return x_MW @ w_NW.t() if residual_MN is None else torch.addmm(residual_MN, x_MW, w_NW.t())
+        if residual_MN is None:
+            return torch.mm(x_MW, w_NW.t(), out=out_MN)
+        return torch.addmm(residual_MN, x_MW, w_NW.t(), out=out_MN)
 
     def backward(
         self, dy_MW: Tensor, x_MK: Tensor, xa_MR: Tensor, factors: Sequence[Tensor], need_dx: bool = True
@@ -230,7 +234,9 @@ class _BlockFunction(torch.autograd.Function):
         h_MW = block.down.room(len(x_MH), x_MH)
         gate_MF, up_MF = gu_MN.chunk(2, dim=1)
         swiglu(gate_MF, up_MF, h_MW[:, : block.down.K])
-        y_MH = block.down.forward(h_MW, down_f, residual_MN=x1_MH)
+        # The output is no view: FSDP hangs its hook on it.
+        y_BTH = torch.empty_like(x_BTH)
+        block.down.forward(h_MW, down_f, residual_MN=x1_MH, out_MN=y_BTH.view(x_MH.shape))
         ctx.block, ctx.inputs, ctx.shape = block, inputs, x_BTH.shape
         ctx.plan = plan
         ctx.save_for_backward(x_BTH, *factors)
@@ -239,7 +245,7 @@ class _BlockFunction(torch.autograd.Function):
         ctx.out_xa = a_xa if plan.attention else None
         ctx.gate_up = (gu_MN, gu_xa, rstd_M) if plan.gate_up else None
         ctx.down_xa = h_MW[:, block.down.K : block.down.K + block.down.R].clone()
-        return y_MH.view(x_BTH.shape)
+        return y_BTH
 
     @staticmethod
     def backward(ctx: Any, dy_BTH: Tensor) -> tuple[Any, ...]:  # type: ignore[override]

@@ -1,6 +1,7 @@
 """Optimizers by transformers' names, over named parameters; their state by parameter name."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,13 +10,14 @@ from torch.optim import Optimizer
 
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import TrainConfig
-
-# Lookup tables of bitsandbytes' 8-bit format: constants that every fresh state brings again.
-CONSTANT_KEYS = frozenset({"qmap1", "qmap2"})
+from qlora_dist.optim.on_host import CONSTANT_KEYS, keep_on_host, send_home
 
 
 def build_optimizer(
-    parameters: dict[str, nn.Parameter], config: TrainConfig, notice: Callable[[str], None] = print
+    parameters: dict[str, nn.Parameter],
+    config: TrainConfig,
+    notice: Callable[[str], None] = print,
+    on_host: bool = False,
 ) -> Optimizer:
     """The optimizer that `train.optim` names, over `parameters` in their order.
 
@@ -24,10 +26,10 @@ def build_optimizer(
 
     Paged optimizers keep state in memory that can leave a GPU under pressure. A CPU has no such thing: there they
     run unpaged, and `notice` is told so.
-    """
-    # bitsandbytes takes a second to import and talks while doing so; the model room has it muted by now.
-    import bitsandbytes as bnb
 
+    Args:
+        on_host: keep the state in pinned host memory (`keep_on_host`); a paged optimizer runs unpaged then.
+    """
     device = next(iter(parameters.values())).device
     betas = (config.adam_beta1, config.adam_beta2)
     adam: dict[str, Any] = dict(
@@ -35,11 +37,49 @@ def build_optimizer(
     )
     lion: dict[str, Any] = dict(lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay)
     name: str = config.optim
+    if on_host and device.type == "cpu":
+        notice("shard.offload: the adapter is trained in host memory, and so is the optimizer's state")
+        on_host = False
+    if name.startswith("paged_") and on_host:
+        name = name.removeprefix("paged_")
+        notice(f"train.optim: {config.optim} runs as {name}, whose whole state shard.offload keeps in host memory")
     if name.startswith("paged_") and device.type != "cuda":
         unpaged = name.removeprefix("paged_")
         notice(f"train.optim: {name} runs as {unpaged} on a {device.type.upper()}, which has no memory to page from")
         name = unpaged
-    trained = parameter_groups(parameters, config)
+    optimizer = _make(name, parameter_groups(parameters, config), adam, lion, config)
+    if hasattr(optimizer, "update_step"):
+        optimizer.step = partial(_step_without_waiting, optimizer)  # type: ignore[assignment, method-assign]
+    if on_host:
+        keep_on_host(optimizer)
+    return optimizer
+
+
+@torch.no_grad()
+def _step_without_waiting(optimizer: Any) -> None:
+    """bitsandbytes' step, which waits for the device after every parameter, with one wait for paged state alone."""
+    paged_on = None
+    for g, group in enumerate(optimizer.param_groups):
+        for p, parameter in enumerate(group["params"]):
+            if parameter.grad is None:
+                continue
+            if not optimizer.state[parameter]:
+                optimizer.init_state(group, parameter, g, p)
+            optimizer.prefetch_state(parameter)
+            optimizer.update_step(group, parameter, g, p)
+            if optimizer.is_paged and parameter.device.type == "cuda":
+                paged_on = parameter.device
+    if paged_on is not None:
+        # Managed memory may be touched by the host as soon as this returns.
+        torch.cuda.synchronize(paged_on)
+
+
+def _make(
+    name: str, trained: list[dict[str, Any]], adam: dict[str, Any], lion: dict[str, Any], config: TrainConfig
+) -> Optimizer:
+    # It takes a second to import and talks while doing so; the model room has it muted by now.
+    import bitsandbytes as bnb
+
     match name:
         case "paged_adamw_8bit":
             return bnb.optim.PagedAdamW8bit(trained, **adam)
@@ -90,6 +130,7 @@ def init_optimizer_state(optimizer: Any, parameters: dict[str, nn.Parameter], in
         return
     for name, parameter, place in _in_groups(optimizer, parameters):
         _init_state(optimizer, parameter, place, in_8bit[name])
+        send_home(optimizer, parameter)
 
 
 def zero_code(optimizer: Any, key: str) -> int:
@@ -168,6 +209,7 @@ def load_optimizer_state(
                 key: value.clone() if isinstance(value, Tensor) and value.dim() == 0 else _like(value, parameter)
                 for key, value in stored[name].items()
             }
+        send_home(optimizer, parameter)
 
 
 def _load_into_bitsandbytes(

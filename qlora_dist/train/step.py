@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.data.collate import MicroBatch
+from qlora_dist.model.fused import fused_loss_sum
 from qlora_dist.shard.strategy import Strategy
 
 
@@ -69,8 +70,11 @@ def loss_sum(model: nn.Module, batch: MicroBatch) -> Tensor:
     passed: padding is on the right, where causal attention never looks from a real token.
     """
     length = batch.input_ids_BT.shape[1]
-    row_N, time_N = batch.predict_index_N // length, batch.predict_index_N % length
     inputs = {"input_ids": batch.input_ids_BT, "use_cache": False} | document_borders(batch)
+    fused = fused_loss_sum(model, batch.predict_index_N, batch.target_N, **inputs)
+    if fused is not None:
+        return fused
+    row_N, time_N = batch.predict_index_N // length, batch.predict_index_N % length
     if _can_select_logits(model):
         kept_K, kept_index_N = torch.unique(time_N, return_inverse=True)
         logits_BKV = model(**inputs, logits_to_keep=kept_K).logits

@@ -32,6 +32,8 @@ from qlora_dist.model.adapter import (
     write_adapter,
 )  # fmt: skip
 from qlora_dist.model.base import compute_dtype, load_base, load_tokenizer
+from qlora_dist.model.block import KEEP_ALL, RECOMPUTE_ALL
+from qlora_dist.model.fused import fuse, set_plan
 from qlora_dist.model.gguf import rounding_note
 from qlora_dist.model.resolve import resolve_base
 from qlora_dist.model.weights import base_fingerprint
@@ -123,6 +125,10 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
         # transformers 5.2x has a new name for it and warns at the old one.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    if config.model.fused == "on" or (config.model.fused == "auto" and worker.device.type == "cuda"):
+        set_plan(
+            fuse(adapted, partial(note, "notice")), RECOMPUTE_ALL if config.train.gradient_checkpointing else KEEP_ALL
+        )
     describe_model(note, adapted, config, dtype, folder)
 
     if config.strategy == "none" and worker.world_size > 1:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def folder_tensors(folder: Path) -> dict[str, LazyTensor]:
     and pressure on them stalls every rank of a node.
 
     Raises:
-        UserError: a file is missing, damaged or cut short.
+        UserError: a file is missing, damaged or cut short; also by a tensor whose file cannot be read then.
     """
     tensors: dict[str, LazyTensor] = {}
     for path in weight_files(folder):
@@ -72,16 +73,22 @@ def _reader(
 ) -> Callable[[], torch.Tensor]:
     def read() -> torch.Tensor:
         raw = torch.empty(size, dtype=torch.uint8)
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            view = raw.numpy().data
-            done = 0
-            # One read() returns at most 2 GiB on Linux.
-            while done < size:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise OSError(f"{path} ended while it was read")
-                done += count
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(offset)
+                _fill(raw.numpy().data, file)
+        except OSError as error:
+            raise UserError("weights-unreadable", file=path, reason=error.strerror or error) from error
         return raw.view(dtype).reshape(shape)
 
     return read
+
+
+def _fill(view: memoryview, file: RawIOBase) -> None:
+    done = 0
+    # One read() returns at most 2 GiB on Linux.
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise OSError("it ended too early")
+        done += count

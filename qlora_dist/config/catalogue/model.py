@@ -80,6 +80,9 @@ FOLDERS: dict[str, Mendable] = {
     "safetensors-cut": Mendable("{file} is cut short or no safetensors file", "fetch it again"),
     "safetensors-header": Mendable("{file} has a damaged header", "fetch it again"),
     "safetensors-size": Mendable("{file} has {size} bytes where its header promises {promised}", "fetch it again"),
+    "weights-unreadable": Mendable(
+        "{file} could not be read to its end ({reason})", "put it back or fetch it again, and start once more"
+    ),
     "weights-dtype": Mendable(
         "model.name: {file} stores {name} as {dtype}, which is not read", "choose a base with 16-bit weights"
     ),

@@ -1,0 +1,109 @@
+"""Offloaded activations and optimizer state change nothing but where they are. What a CPU can show of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_dist.config.schema import AdapterConfig, ModelConfig, TrainConfig
+from qlora_dist.model.adapter import attach_adapter, trainable_parameters
+from qlora_dist.model.base import load_base
+from qlora_dist.optim.optimizers import build_optimizer
+from qlora_dist.shard.activations import Away, offload_activations
+
+CPU = torch.device("cpu")
+IDS = torch.arange(3, 43)[None]
+
+
+def adapted(base: Path) -> Any:
+    model = load_base(ModelConfig(name=str(base), compute_dtype="fp32"), base, CPU)
+    return attach_adapter(model, AdapterConfig(r=4, lora_dropout=0.1), seed=0).train()
+
+
+def loss_and_gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    torch.manual_seed(1)
+    loss = model(input_ids=IDS).logits.square().mean()
+    loss.backward()
+    return loss, {name: p.grad for name, p in trainable_parameters(model).items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_that_went_away_give_the_same_gradients(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    made: list[Away] = []
+    monkeypatch.setattr(
+        Away, "__init__", lambda self, size, init=Away.__init__: (init(self, size), made.append(self))[0]
+    )
+    models = adapted(tiny_model), adapted(tiny_model)
+    for model in models:
+        if checkpointing:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    offload_activations(models[1], min_bytes=IDS.numel() * 64)
+    (loss, grads), (away_loss, away_grads) = map(loss_and_gradients, models)
+    assert torch.equal(loss, away_loss)
+    assert len(grads) == 28
+    assert all(torch.equal(grads[name], grad) for name, grad in away_grads.items())
+    (away,) = made
+    hidden = [kept for kept in away.kept if kept.host.shape == (1, 40, 64)]
+    # Checkpointed layers save their inputs alone; a tensor that several operations save is copied once.
+    assert len(hidden) >= 2 if not checkpointing else len(hidden) in (2, 3)
+    assert all(kept.uses == 0 and kept.back is None for kept in away.kept), "what has been used is let go"
+
+
+def test_parameters_their_views_and_small_tensors_stay(tiny_model: Path) -> None:
+    away = Away(min_bytes=16)
+    flat = nn.Parameter(torch.zeros(64))
+    view = flat[8:40].view(4, 8)
+    small, large = torch.zeros(2), torch.arange(8.0)
+    assert [type(away.pack(t)).__name__ for t in (flat, view, small, large)] == [
+        "Parameter",
+        "Tensor",
+        "Tensor",
+        "Kept",
+    ]
+    assert away.pack(large) is away.pack(large)
+    large += 1
+    changed = away.pack(large)
+    assert torch.equal(away.unpack(changed), torch.arange(1.0, 9.0))  # type: ignore[arg-type]
+    assert len(away.kept) == 2
+
+
+def test_a_new_tensor_at_the_address_of_a_dead_one_is_another(tiny_model: Path) -> None:
+    away = Away(min_bytes=0)
+    packed = []
+    for value in range(50):
+        packed.append(away.pack(torch.full((100,), float(value))))
+    assert [float(away.unpack(kept)[0]) for kept in packed] == [float(value) for value in range(50)]
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_torch", "lion_8bit", "sgd"])
+def test_stepping_parameter_by_parameter_is_stepping(optim: str) -> None:
+    """On a CPU the state has nowhere to go; the notice says so, and the steps are the plain ones."""
+    from qlora_dist.optim.on_host import keep_on_host
+
+    def parameters() -> dict[str, nn.Parameter]:
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"q.lora_A.weight": (64, 96), "q.lora_B.weight": (96, 64), "small": (10,)}
+        return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+
+    config = TrainConfig(optim=optim, learning_rate=1e-2, weight_decay=0.01, loraplus_lr_ratio=4.0)
+    told: list[str] = []
+    plain, ours = parameters(), parameters()
+    first = build_optimizer(plain, config, told.append)
+    assert not any("shard.offload" in sentence for sentence in told)
+    second = build_optimizer(ours, config, told.append, on_host=True)
+    assert len([sentence for sentence in told if "shard.offload" in sentence]) == 1
+    keep_on_host(second)
+    for step in range(3):
+        for named, optimizer in ((plain, first), (ours, second)):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in named.values():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            if step == 1:
+                named["small"].grad = None
+            optimizer.step()
+    assert all(torch.equal(plain[name], ours[name]) for name in plain)
+    assert [len(group["params"]) for group in second.param_groups] == [2, 1]

@@ -92,7 +92,7 @@ class Projection:
 
     def bias(self) -> Tensor | None:
         """The biases one after the other; None where no layer has one."""
-        biases = [part.base.bias for part in self.parts]
+        biases = [current(part.base, "bias") for part in self.parts]
         if all(bias is None for bias in biases):
             return None
         device = next(bias.device for bias in biases if bias is not None)
@@ -294,7 +294,7 @@ class _BlockFunction(torch.autograd.Function):
             len(x_MH), block.output.N + block.output.padded_rank(x_MH.device), dtype=x_MH.dtype, device=x_MH.device
         )
         dx1_MH = dx1_MW[:, : block.output.N]
-        rms_norm_backward(dn_MH, x1_MH, norm2.weight, rstd2_M, dy_MH, dx1_MH)
+        rms_norm_backward(dn_MH, x1_MH, current(norm2, "weight"), rstd2_M, dy_MH, dx1_MH)
         del dn_MH
 
         a_MK = kept.result.transpose(1, 2).reshape(len(x_MH), block.output.K)
@@ -311,7 +311,7 @@ class _BlockFunction(torch.autograd.Function):
         dx_BTH = None
         if dn1_MH is not None:
             dx_MH = torch.empty_like(x_MH)
-            rms_norm_backward(dn1_MH, x_MH, norm1.weight, kept.rstd_M, dx1_MH, dx_MH)
+            rms_norm_backward(dn1_MH, x_MH, current(norm1, "weight"), kept.rstd_M, dx1_MH, dx_MH)
             dx_BTH = dx_MH.view(ctx.shape)
         return (None, None, dx_BTH, *qkv_g, *out_g, *gu_g, *down_g)
 
@@ -333,7 +333,7 @@ def normed(norm: Any, x_MH: Tensor, projection: Projection) -> tuple[Tensor, Ten
     """RMSNorm of x in the first columns of a buffer [M, K + P] for `projection`, and 1 / rms [M]."""
     out_MW = projection.room(len(x_MH), x_MH)
     rstd_M = torch.empty(len(x_MH), dtype=statistics_dtype(x_MH), device=x_MH.device)
-    rms_norm(x_MH, norm.weight, norm.variance_epsilon, out_MW[:, : projection.K], rstd_M)
+    rms_norm(x_MH, current(norm, "weight"), norm.variance_epsilon, out_MW[:, : projection.K], rstd_M)
     return out_MW, rstd_M
 
 
@@ -411,7 +411,7 @@ def normed_heads(block: Block, raw_MN: Tensor, out_MN: Tensor) -> tuple[Tensor, 
         flat = raw.reshape(-1, block.head_dim)
         rstd = torch.empty(len(flat), dtype=statistics_dtype(raw_MN), device=raw_MN.device)
         result = torch.empty_like(flat)
-        rms_norm(flat, norm.weight, norm.variance_epsilon, result, rstd)
+        rms_norm(flat, current(norm, "weight"), norm.variance_epsilon, result, rstd)
         out.copy_(result.view(out.shape))
         found.append(rstd)
     rest = block.q_width + block.kv_width
@@ -427,7 +427,7 @@ def normed_heads_backward(block: Block, kept: Attended, dqkv_MW: Tensor) -> None
         raw = kept.raw_MN[:, columns].reshape(-1, block.head_dim)
         view = dqkv_MW[:, columns].unflatten(1, (-1, block.head_dim))
         result = torch.empty_like(raw)
-        rms_norm_backward(view.reshape(-1, block.head_dim), raw, norm.weight, rstd, None, result)
+        rms_norm_backward(view.reshape(-1, block.head_dim), raw, current(norm, "weight"), rstd, None, result)
         view.copy_(result.view(view.shape))
 
 
@@ -465,10 +465,15 @@ def adapter_shape(layer: Any) -> tuple[int, float]:
     return (layer.r[name], layer.scaling[name]) if name in layer.lora_A else (0, 0.0)
 
 
+def current(module: Any, name: str) -> Any:
+    """A frozen parameter of `module` as it stands; of a sharded one, what is gathered now."""
+    asked = module.__dict__.get(f"current_{name}")
+    return getattr(module, name) if asked is None else asked()
+
+
 def frozen_weight_into(out_NK: Tensor, layer: Any) -> None:
     """Write a layer's frozen weight, dequantised where it is 4-bit, into `out_NK`."""
-    current = getattr(layer, "current_weight", None)
-    weight = layer.weight if current is None else current()
+    weight = current(layer, "weight")
     state = getattr(weight, "quant_state", None)
     if state is None:
         out_NK.copy_(weight)

@@ -126,8 +126,8 @@ class FrozenUnit:
             for owner, name in tensor.owners:
                 del owner._parameters[name]
                 owner.__dict__[name] = tensor.weight
+                owner.__dict__[f"current_{name}"] = partial(self.current, tensor)
                 if isinstance(owner, nn.Linear) and name == "weight":
-                    owner.__dict__["current_weight"] = partial(self.current, tensor)
                     forward = _linear_forward(owner, tensor)
                     # A fused head wraps whatever the plain forward is.
                     with_loss = owner.__dict__.get("with_loss")

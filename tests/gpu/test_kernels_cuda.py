@@ -1,0 +1,324 @@
+"""The kernels on a real card: values at Llama 8B's shapes, bitsandbytes' bits, no waiting, and how fast they are."""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_dist.kernels import linear_cross_entropy as head
+from qlora_dist.kernels import nf4, swiglu
+from qlora_dist.kernels.linear_cross_entropy import cross_entropy_, linear_cross_entropy
+from qlora_dist.kernels.nf4 import NestedAbsmax, dequantize_4bit_into
+from qlora_dist.kernels.rmsnorm import rms_norm, rms_norm_backward
+from qlora_dist.kernels.rope import rotate_
+from qlora_dist.kernels.swiglu import swiglu as swiglu_
+from qlora_dist.kernels.swiglu import swiglu_backward
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+M, H, F, V, PAD, QUERIES, KEYS, DIM = 4096, 4096, 14336, 128256, 64, 32, 8, 128
+BF16 = torch.bfloat16
+
+
+def random(*shape: int, dtype: torch.dtype = BF16, scale: float = 1.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return (torch.randn(shape, generator=generator, device="cuda") * scale).to(dtype)
+
+
+def wide(rows: int, columns: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.zeros(rows, columns + PAD, dtype=dtype, device="cuda")[:, :columns]
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 3e-3) -> None:
+    """Relative error in norm: a rounding to bf16 costs 1.7e-3, a second one before it (RMSNorm's) as much again."""
+    error = ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+    assert error <= tolerance, f"relative error {error:.2e}"
+
+
+def test_norms_against_float64() -> None:
+    """float64 takes the references: the same calls once more."""
+    x, residual, dout = random(M, H), random(M, H, seed=1), random(M, H, seed=2)
+    weight = 1 + random(H, scale=0.1)
+    kept, out, dx, stats = torch.empty_like(x), wide(M, H), wide(M, H), torch.empty(M, device="cuda")
+    rms_norm(x, weight, 1e-5, out, stats, residual, kept)
+    rms_norm_backward(dout, kept, weight, stats, residual, dx)
+    out64, dx64, stats64 = wide(M, H, torch.float64), wide(M, H, torch.float64), stats.double()
+    assert_near(kept, x.double() + residual.double())
+    rms_norm(kept.double(), weight.double(), 1e-5, out64, stats64)
+    rms_norm_backward(dout.double(), kept.double(), weight.double(), stats64, residual.double(), dx64)
+    assert_near(stats, stats64, 1e-6)
+    assert_near(out, out64)
+    assert_near(dx, dx64)
+
+    buffer = random(M, QUERIES + 2 * KEYS, DIM)
+    heads, before, weight = buffer[:, : QUERIES + KEYS], buffer.double(), weight[:DIM]
+    stats = torch.empty(M * (QUERIES + KEYS), device="cuda")
+    rms_norm(heads, weight, 1e-6, heads, stats)
+    after, stats64 = before[:, : QUERIES + KEYS].clone(), stats.double()
+    rms_norm(after, weight.double(), 1e-6, after, stats64)
+    assert_near(heads, after)
+    assert torch.equal(buffer[:, QUERIES + KEYS :].double(), before[:, QUERIES + KEYS :])
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_rotation_against_float64(inverse: bool) -> None:
+    buffer = random(M, (QUERIES + 2 * KEYS) * DIM + PAD)
+    x = buffer[:, : (QUERIES + KEYS) * DIM].unflatten(1, (-1, DIM))
+    angle = torch.arange(2048, device="cuda")[:, None] * 0.01 ** torch.linspace(0, 1, DIM // 2, device="cuda")
+    cos, sin = angle.cos().repeat(1, 2).to(BF16), angle.sin().repeat(1, 2).to(BF16)
+    before, others = x.double(), buffer[:, (QUERIES + KEYS) * DIM :].clone()
+    rotate_(x, cos, sin, inverse)
+    assert_near(x, rotate_(before, cos.double(), sin.double(), inverse))
+    assert torch.equal(buffer[:, (QUERIES + KEYS) * DIM :], others)
+
+
+def test_swiglu_against_float64() -> None:
+    both, dh = random(M, 2 * F), random(M, F, seed=1)
+    gate, up = both[:, :F], both[:, F:]
+    out, again, grads = wide(M, F), torch.empty_like(dh), wide(M, 2 * F)
+    swiglu_(gate, up, out)
+    swiglu_backward(dh, gate, up, grads[:, :F], grads[:, F:], again)
+    out64, dgate64, dup64 = (torch.empty(M, F, dtype=torch.float64, device="cuda") for _ in range(3))
+    swiglu_backward(dh.double(), gate.double(), up.double(), dgate64, dup64, out64)
+    assert torch.equal(out, again)
+    assert_near(out, out64)
+    assert_near(grads[:, :F], dgate64)
+    assert_near(grads[:, F:], dup64)
+
+
+def test_loss_of_the_head_against_float64() -> None:
+    """The logits of one chunk are the largest thing it makes."""
+    hidden, weight = random(M, H).requires_grad_(), random(V, H, scale=0.02)
+    targets = torch.randint(0, V, (M,), device="cuda")
+    targets[7] = -100
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    (loss / M).backward()
+    assert torch.cuda.max_memory_allocated() - before < 0.8 * 2**30
+    hidden64 = hidden.detach().double().requires_grad_()
+    loss64 = linear_cross_entropy(hidden64, weight.double(), targets, chunk=512)
+    (loss64 / M).backward()
+    assert_near(loss, loss64, 1e-4)
+    assert hidden.grad is not None
+    assert hidden64.grad is not None
+    # The logits are rounded to bf16 before the exponential, as in a stock head.
+    assert_near(hidden.grad, hidden64.grad, 1e-2)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("quant_type", "blocksize", "shape"),
+    [
+        ("nf4", 64, (H, H)),
+        ("nf4", 64, (KEYS * DIM, H)),
+        ("nf4", 64, (F, H)),
+        ("nf4", 64, (H, F)),
+        ("nf4", 64, (37, 72)),
+        ("nf4", 64, (31, 33)),
+        ("nf4", 128, (530, 64)),
+        ("nf4", 4096, (33, 200)),
+        ("fp4", 64, (KEYS * DIM, H)),
+    ],
+)
+def test_weights_are_bitsandbytes_bit_for_bit(
+    quant_type: str, blocksize: int, shape: tuple[int, int], dtype: torch.dtype, nested: bool
+) -> None:
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    packed, state = bnb.quantize_4bit(
+        random(*shape, dtype=dtype), blocksize=blocksize, quant_type=quant_type, compress_statistics=nested
+    )
+    out = wide(*shape, dtype=dtype)
+    dequantize_4bit_into(out, packed, state.absmax, state.code, blocksize, nested_state(state))
+    assert torch.equal(out, bnb.dequantize_4bit(packed, state))
+
+
+def nested_state(state: Any) -> NestedAbsmax | None:
+    if not state.nested:
+        return None
+    return NestedAbsmax(state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
+def test_every_byte_of_values_and_of_scales_equals_the_reference(dtype: torch.dtype) -> None:
+    """The CPU's reference against the kernel, on the same state: each scale byte meets each byte of values."""
+    packed = torch.arange(256, dtype=torch.uint8).repeat(1024)
+    absmax = torch.arange(256, dtype=torch.uint8).repeat_interleave(32)
+    generator = torch.Generator().manual_seed(0)
+    code = torch.randn(16, generator=generator)
+    absmax2, code2 = torch.rand(32, generator=generator) + 0.5, torch.randn(256, generator=generator)
+    offset = torch.tensor(2.6017)
+    expected, out = torch.empty(512, 1024, dtype=dtype), wide(512, 1024, dtype)
+    dequantize_4bit_into(expected, packed, absmax, code, 64, NestedAbsmax(absmax2, code2, offset, 256))
+    nested = NestedAbsmax(absmax2.cuda(), code2.cuda(), offset.cuda(), 256)
+    dequantize_4bit_into(out, packed.cuda(), absmax.cuda(), code.cuda(), 64, nested)
+    assert torch.equal(out.cpu(), expected)
+
+
+def test_rows_more_than_two_billion_values_apart() -> None:
+    stride = 2**30 + 64
+    far = torch.empty(2 * stride + 2 * H, dtype=BF16, device="cuda").as_strided((3, 2 * H), (stride, 1))
+    near = random(3, 2 * H)
+    far.copy_(near)
+    weight, stats, table = random(H), torch.empty(3, device="cuda"), random(3, DIM)
+    targets, losses = torch.tensor([0, 5, H], device="cuda"), torch.empty(3, device="cuda")
+    for x in (near, far):
+        rms_norm(x[:, :H], weight, 1e-5, x[:, :H], stats)
+        rms_norm_backward(x[:, :H], x[:, H:], weight, stats, None, x[:, H:])
+        rotate_(x.unflatten(1, (-1, DIM)), table, table)
+        swiglu_(x[:, :H], x[:, H:], x[:, :H])
+        swiglu_backward(x[:, :H], x[:, H:], x[:, :H], x[:, :H], x[:, H:])
+        cross_entropy_(x, targets, losses, gradient=True)
+    assert torch.equal(near, far)
+    packed, code = (
+        torch.arange(256, dtype=torch.uint8, device="cuda").repeat(3 * H // 512),
+        random(16, dtype=torch.float32),
+    )
+    absmax = torch.ones(3 * H // 64, device="cuda")
+    for x in (near, far):
+        dequantize_4bit_into(x[:, :H], packed, absmax, code, 64)
+    assert torch.equal(near, far)
+
+
+def test_nothing_waits_for_the_device() -> None:
+    hidden, weight = random(256, H).requires_grad_(), random(1000, H)
+    targets, stats = torch.zeros(256, dtype=torch.int64, device="cuda"), torch.empty(256, device="cuda")
+    packed, code = torch.zeros(128 * H, dtype=torch.uint8, device="cuda"), random(256, dtype=torch.float32)
+    absmax, x = torch.zeros(256 * H // 64, dtype=torch.uint8, device="cuda"), random(256, H)
+    table = random(256, DIM)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        dequantize_4bit_into(x, packed, absmax, code[:16], 64, NestedAbsmax(code, code, code[0], 256))
+        rms_norm(x, x[0], 1e-5, x, stats, x, x)
+        rms_norm_backward(x, x, x[0], stats, x, x)
+        rotate_(x.unflatten(1, (-1, DIM)), table, table)
+        swiglu_(x, x, x)
+        swiglu_backward(x, x, x, x, x)
+        (linear_cross_entropy(hidden, lambda: weight, targets) / 3).backward()
+        linear_cross_entropy(hidden[:0], weight, targets[:0]).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def seconds(run: Callable[[], Any], launches: int = 10) -> float:
+    """Of one launch, on the device: a graph of them, so that the host's time is none of it; the median of 7 replays."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(launches):
+            run()
+    times = []
+    for _ in range(7):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / launches)
+    return statistics.median(times)
+
+
+def host_microseconds(run: Callable[[], Any]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(50):
+        run()
+    spent = (time.perf_counter() - start) / 50 * 1e6
+    torch.cuda.synchronize()
+    return spent
+
+
+# (name, bytes that must move, launch)
+Measure = Callable[[str, int, Callable[[], Any]], None]
+# Tokens to time with: nothing stays in the cache from one launch to the next.
+MANY = 16384
+
+
+def time_dequantisation(measure: Measure, patch: pytest.MonkeyPatch) -> None:
+    values = 2 * F * H
+    packed = torch.randint(0, 256, (values // 2,), dtype=torch.uint8, device="cuda")
+    absmax = torch.randint(0, 256, (values // 64,), dtype=torch.uint8, device="cuda")
+    code, code2 = random(16, dtype=torch.float32), random(256, dtype=torch.float32)
+    nested = NestedAbsmax(random(values // 64 // 256, dtype=torch.float32), code2, code2[0], 256)
+    weight, single = wide(2 * F, H), absmax.float()
+    moved = values // 2 + values // 16 + 2 * values
+    measure("nf4", moved, lambda: dequantize_4bit_into(weight, packed, single, code, 64))
+    moved = values // 2 + values // 64 + 2 * values
+    for warps in (4, 16, 8):
+        patch.setattr(nf4, "WARPS", warps)
+        patch.setattr(nf4, "GROUPS", 32 * warps)
+        run = lambda: dequantize_4bit_into(weight, packed, absmax, code, 64, nested)  # noqa: E731
+        measure(f"nf4 nested, {warps} warps", moved, run)
+
+
+def time_norms_and_rotation(measure: Measure) -> None:
+    x, y, z, out = random(MANY, H), random(MANY, H), random(MANY, H), wide(MANY, H)
+    weight, stats, table = random(H), torch.empty(MANY, device="cuda"), random(2048, DIM)
+    measure("rms_norm", 4 * MANY * H, lambda: rms_norm(x, weight, 1e-5, out, stats))
+    measure("rms_norm + residual", 8 * MANY * H, lambda: rms_norm(x, weight, 1e-5, out, stats, y, z))
+    measure("rms_norm_backward", 8 * MANY * H, lambda: rms_norm_backward(x, y, weight, stats, z, out))
+    qk = random(MANY, (QUERIES + 2 * KEYS) * DIM).unflatten(1, (-1, DIM))[:, : QUERIES + KEYS]
+    each = torch.empty(MANY * (QUERIES + KEYS), device="cuda")
+    measure("rms_norm per head", 4 * qk.numel(), lambda: rms_norm(qk, weight[:DIM], 1e-5, qk, each))
+    measure("rotate_", 4 * qk.numel(), lambda: rotate_(qk, table, table))
+
+
+def time_swiglu(measure: Measure, patch: pytest.MonkeyPatch) -> None:
+    both, dh, grads, h = random(MANY, 2 * F), random(MANY, F), wide(MANY, 2 * F), wide(MANY, F)
+    gate, up, dgate, dup = both[:, :F], both[:, F:], grads[:, :F], grads[:, F:]
+    for warps in (8, 4):
+        patch.setattr(swiglu, "WARPS", warps)
+        patch.setattr(swiglu, "BLOCK", 256 * warps)
+        measure(f"swiglu, {warps} warps", 6 * MANY * F, lambda: swiglu_(gate, up, h))
+        run = lambda: swiglu_backward(dh, gate, up, dgate, dup, h)  # noqa: E731
+        measure(f"swiglu_backward, {warps} warps", 12 * MANY * F, run)
+
+
+def time_cross_entropy(measure: Measure, patch: pytest.MonkeyPatch) -> None:
+    """Counted as one read and one write; the second read comes from the cache as far as that goes."""
+    logits, targets = random(2048, V), torch.randint(0, V, (2048,), device="cuda")
+    losses = torch.empty(2048, device="cuda")
+    for warps in (8, 32, 16):
+        patch.setattr(head, "WARPS", warps)
+        patch.setattr(head, "BLOCK", 512 * warps)
+        run = lambda: cross_entropy_(logits, targets, losses, True)  # noqa: E731
+        measure(f"cross entropy, {warps} warps", 4 * logits.numel(), run)
+
+
+def test_bandwidth_of_each_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GB/s of the bytes that must move, beside a copy's in the same run; as JSON in the folder that $OUT names."""
+    source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() / seconds(lambda: target.copy_(source)) / 1e9
+    print(f"\n{torch.cuda.get_device_name()}, copy {copy:.0f} GB/s")
+    results: dict[str, dict[str, float]] = {}
+
+    def measure(name: str, moved: int, run: Callable[[], Any]) -> None:
+        spent = seconds(run)
+        rate = moved / spent / 1e9
+        results[name] = dict(us=spent * 1e6, gb_s=rate, of_copy=rate / copy, host_us=host_microseconds(run))
+        print(f"{name:28s}" + "".join(f"  {key} {value:8.2f}" for key, value in results[name].items()))
+
+    time_dequantisation(measure, monkeypatch)
+    time_norms_and_rotation(measure)
+    time_swiglu(measure, monkeypatch)
+    time_cross_entropy(measure, monkeypatch)
+    if "OUT" in os.environ:
+        document = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, copy_gb_s=copy, kernels=results)
+        Path(os.environ["OUT"], "kernels.json").write_text(json.dumps(document, indent=1))
+    # Well below what is expected: who falls under this has left the path of 16-byte accesses.
+    slow = [name for name, result in results.items() if result["of_copy"] < 0.5]
+    assert not slow, slow

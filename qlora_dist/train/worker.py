@@ -39,6 +39,7 @@ from qlora_dist.model.resolve import resolve_base
 from qlora_dist.model.weights import base_fingerprint
 from qlora_dist.optim.optimizers import build_optimizer
 from qlora_dist.optim.schedules import build_schedule
+from qlora_dist.shard.activations import offload_activations
 from qlora_dist.shard.loading import make_placement
 from qlora_dist.shard.strategy import FullState, Strategy, make_strategy
 from qlora_dist.track.attempt import open_metrics
@@ -130,11 +131,19 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
             fuse(adapted, partial(note, "notice")), RECOMPUTE_ALL if config.train.gradient_checkpointing else KEEP_ALL
         )
     describe_model(note, adapted, config, dtype, folder)
+    if "activations" in config.shard.offload:
+        if worker.device.type == "cpu":
+            note("notice", "shard.offload: the activations of a run on a CPU are in host memory anyway")
+        else:
+            offload_activations(adapted)
 
     if config.strategy == "none" and worker.world_size > 1:
         raise ValueError(f"strategy none with {worker.world_size} workers would train {worker.world_size} adapters")
     strategy = make_strategy(config, worker.world_size, worker.local_world_size, placement.loaded)
-    model = strategy.apply(adapted, partial(build_optimizer, config=config.train, notice=partial(note, "notice")))
+    # DeepSpeed offloads the optimizer in its own way.
+    on_host = "optimizer" in config.shard.offload and not config.strategy.startswith("zero")
+    make_optimizer = partial(build_optimizer, config=config.train, notice=partial(note, "notice"), on_host=on_host)
+    model = strategy.apply(adapted, make_optimizer)
     if config.data.packing:
         check_document_boundaries(model, lays_flat(config), dtype, worker.device)
     adapter_config = adapter_config_json(adapted)

@@ -93,8 +93,8 @@ def check_resumed_state(rank: int) -> None:
 
     resume = worker.resume
 
-    def checked(checkpoint: Path, strategy: Any, identity: dict[str, Any]) -> Any:
-        progress = resume(checkpoint, strategy, identity)
+    def checked(checkpoint: Path, strategy: Any, *others: Any) -> Any:
+        progress = resume(checkpoint, strategy, *others)
         saved, state = read_snapshot(checkpoint), strategy.full_state()
         assert_same_bits(state.adapter, saved.adapter)
         assert_same_bits(state.optimizer, saved.optimizer)

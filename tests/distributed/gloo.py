@@ -1,0 +1,47 @@
+"""Functions run in real processes of one gloo group, without a training run around them."""
+
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.distributed.group import CONTEXT, free_port
+
+
+def in_group(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 240) -> list[Any]:
+    """What the module-level `function(rank, *arguments)` returns on each rank; raises what it raises, as text."""
+    with TemporaryDirectory() as folder:
+        plan = (world_size, free_port(), Path(folder), dict(os.environ), function, arguments)
+        processes = [CONTEXT.Process(target=_child, args=(rank, *plan)) for rank in range(world_size)]
+        try:
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(timeout_s)
+            assert not any(process.is_alive() for process in processes), "a rank hangs"
+            outcomes = [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+        finally:
+            for process in processes:
+                process.kill()
+    assert not any(text for text, _ in outcomes), "\n".join(text for text, _ in outcomes)
+    return [value for _, value in outcomes]
+
+
+def _child(
+    rank: int, world_size: int, port: int, folder: Path, environment: dict[str, str], function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:  # fmt: skip
+    os.environ |= environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    try:
+        outcome = ("", function(rank, *arguments))
+    except Exception:
+        outcome = (f"rank {rank}: {traceback.format_exc()}", None)
+    torch.save(outcome, folder / f"{rank}.pt")
+    dist.destroy_process_group()

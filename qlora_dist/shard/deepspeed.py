@@ -54,12 +54,12 @@ def library(device: torch.device) -> Iterator[Any]:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     mute_known_chatter()
-    # It reads the device from the environment, where a launcher may have left another count than ours.
+    # Its name for a device number, read at every step; a launcher may count otherwise.
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
     needed = {
         "DS_ACCELERATOR": device.type,
         "RANK": str(dist.get_rank()),
         "WORLD_SIZE": str(dist.get_world_size()),
-        "LOCAL_RANK": str(device.index or 0),
     }
     before = {name: os.environ.get(name) for name in needed}
     os.environ |= needed
@@ -82,8 +82,8 @@ def _import() -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated")
-    # It would spend a minute compiling an all-reduce of its own for CPUs, with other sums than gloo's.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # None of its own kernels: one is an all-reduce for CPUs, a minute to compile, whose sums are not gloo's.
+    deepspeed.ops.__compatible_ops__ = {}
     # What it remembers of a process group that an earlier run of this process has closed.
     comm.cdb = None
     groups._release_process_group_references()

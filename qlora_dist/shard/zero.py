@@ -283,7 +283,9 @@ class Zero3(Zero2):
         hooks.post_sub_module_backward_function = drop_and_release
 
     def _own_partition(self) -> Tensor:
-        (partition,) = self.zero.fp32_partitioned_groups_flat
+        (partition,), (shard,) = self.zero.fp32_partitioned_groups_flat, self.zero.fp16_partitioned_groups_flat
+        if not self.zero.offload_optimizer and not self.zero.offload_param:
+            partition.data = shard.data
         return partition  # type: ignore[no-any-return]
 
     def _spans(self) -> Iterator[Span]:

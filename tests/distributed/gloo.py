@@ -1,4 +1,4 @@
-"""Functions run in real processes of one gloo group, without a training run around them."""
+"""Functions run in real processes of one process group, without a training run around them."""
 
 import os
 import traceback
@@ -13,10 +13,12 @@ import torch.distributed as dist
 from tests.distributed.group import CONTEXT, free_port
 
 
-def in_group(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 240) -> list[Any]:
+def in_group(
+    world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 240, backend: str = "gloo"
+) -> list[Any]:
     """What the module-level `function(rank, *arguments)` returns on each rank; raises what it raises, as text."""
     with TemporaryDirectory() as folder:
-        plan = (world_size, free_port(), Path(folder), dict(os.environ), function, arguments)
+        plan = (world_size, backend, free_port(), Path(folder), dict(os.environ), function, arguments)
         processes = [CONTEXT.Process(target=_child, args=(rank, *plan)) for rank in range(world_size)]
         try:
             for process in processes:
@@ -33,12 +35,12 @@ def in_group(world_size: int, function: Callable[..., Any], *arguments: Any, tim
 
 
 def _child(
-    rank: int, world_size: int, port: int, folder: Path, environment: dict[str, str], function: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    rank: int, world_size: int, backend: str, port: int, folder: Path, environment: dict[str, str],
+    function: Callable[..., Any], arguments: tuple[Any, ...],
 ) -> None:  # fmt: skip
     os.environ |= environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    dist.init_process_group(backend, rank=rank, world_size=world_size)
     try:
         outcome = ("", function(rank, *arguments))
     except Exception:

@@ -133,7 +133,8 @@ def show_status(state: dict[str, Any], console: Console) -> None:
     console.print(f"last checkpoint: {last['folder'] if last else 'none yet'}", highlight=False)
     for restart in state.get("restarts", []):
         console.print(
-            f"restarted after attempt {restart['generation']}: {restart['reason']}",
+            f"{'resized' if restart['planned'] else 'restarted'} after attempt {restart['generation']}, "
+            f"step {_or_dash(restart['step'])}: {restart['reason']}",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
     if state.get("ranks"):

@@ -17,6 +17,8 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from qlora_dist.cluster.actor import RayClient
+from qlora_dist.cluster.network import interface_settings
+from qlora_dist.cluster.nodes import live_nodes
 from qlora_dist.cluster.output import rank_log, tell
 from qlora_dist.config.errors import UserError
 
@@ -56,10 +58,12 @@ class GroupWatch(ControllerCallback, WorkerGroupCallback):
         run_dir: the run folder.
         first_attempt: number of the first worker group, for the logs.
         max_restarts: as in `launch.max_restarts`.
+        elastic: the run goes on with the nodes that are left, so that the loss of one is no failure of the run, and a
+            group that could not be placed is planned anew.
     """
 
-    def __init__(self, client: RayClient, run_dir: Path, first_attempt: int, max_restarts: int):
-        self._client, self._run_dir = client, run_dir
+    def __init__(self, client: RayClient, run_dir: Path, first_attempt: int, max_restarts: int, elastic: bool = False):
+        self._client, self._run_dir, self._elastic = client, run_dir, elastic
         self._attempt, self._max_restarts = first_attempt - 1, max_restarts
         self._group: Any = None
         self._errors: dict[int, Exception] = {}
@@ -88,8 +92,7 @@ class GroupWatch(ControllerCallback, WorkerGroupCallback):
         """Ask the coordinator whether the failure that was polled last deserves a new worker group."""
         if failure_decision.name != "RETRY" or not self._errors:
             return
-        reason, traceback = self._diagnose()
-        self._ask_for_restart(reason, traceback)
+        self._ask_for_restart(*self._diagnose())
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """A worker group that could not start: resources are held by others, or a worker died while it started."""
@@ -97,6 +100,9 @@ class GroupWatch(ControllerCallback, WorkerGroupCallback):
             return
         error = current_state.training_failed_error
         cause = getattr(error, "controller_failure", error)
+        if isinstance(cause, WorkerGroupStartupTimeoutError) and self._elastic:
+            tell(self._run_dir, f"{cause.num_workers} worker(s) did not get their places; looking at the nodes again")
+            return
         if isinstance(cause, WorkerGroupStartupTimeoutError):
             sentence = UserError("cluster-busy", workers=cause.num_workers).message
             self._client.call("fail", generation=None, rank=None, kind="user", message=sentence)
@@ -105,16 +111,18 @@ class GroupWatch(ControllerCallback, WorkerGroupCallback):
 
     # What the hooks need
 
-    def _ask_for_restart(self, reason: str, traceback: str | None) -> None:
-        answer = self._client.call("should_restart", message=reason, max_restarts=self._max_restarts)
+    def _ask_for_restart(self, reason: str, traceback: str | None, node_lost: bool = False) -> None:
+        counted = not (node_lost and self._elastic)
+        answer = self._client.call("should_restart", message=reason, max_restarts=self._max_restarts, counted=counted)
         if not answer["restart"]:
             raise RunStopped(answer["reason"], traceback)
         tell(self._run_dir, f"{reason}; starting the workers again from the last checkpoint")
 
-    def _diagnose(self) -> tuple[str, str | None]:
-        """The failure behind the failures: a silent rank goes before a dead one, that one before exceptions.
+    def _diagnose(self) -> tuple[str, str | None, bool]:
+        """The failure behind the failures, a traceback if there is one, and whether a node was lost.
 
-        NCCL ends the processes that wait for a stopped one, so the dead may be the innocent.
+        A lost node goes before a silent rank, that before a dead one, that before exceptions: NCCL ends the processes
+        that wait for a stopped one, so the dead may be the innocent.
 
         Silent ranks are killed here: Ray would wait 5 s for them first.
         """
@@ -126,15 +134,22 @@ class GroupWatch(ControllerCallback, WorkerGroupCallback):
         for _, worker in silent:
             ray.kill(worker.actor)
         traceback = next((t for e in self._errors.values() if (t := getattr(e, "_traceback_str", None))), None)
+        if silent or dead:
+            living = {node.node_id for node in live_nodes()}
+            lost = [(rank, worker) for rank, worker in silent + dead if worker.metadata.node_id not in living]
+            if lost:
+                addresses = ", ".join(sorted({worker.metadata.node_ip for _, worker in lost}))
+                names = ", ".join(self._name(*who) for who in lost)
+                return f"node {addresses} is lost, and with it {names}", None, True
         if silent:
-            return f"{', '.join(self._name(*who) for who in silent)} stopped answering", traceback
+            return f"{', '.join(self._name(*who) for who in silent)} stopped answering", traceback, False
         if dead:
             names = ", ".join(self._name(*who) for who in dead)
             log = rank_log(self._run_dir, self._attempt, dead[0][0])
-            return f"{names} died: killed, out of memory or crashed (see {log})", None
+            return f"{names} died: killed, out of memory or crashed (see {log})", None, False
         error = next(iter(self._errors.values()))
         cause = getattr(error, "_base_exc", error)
-        return f"{type(cause).__name__}: {cause}", traceback
+        return f"{type(cause).__name__}: {cause}", traceback, False
 
     def _name(self, rank: int, worker: Any) -> str:
         return f"rank {rank} (host {worker.metadata.hostname}, pid {worker.metadata.pid})"
@@ -156,10 +171,11 @@ def find_address() -> tuple[str, int]:
 
 
 def set_environment(common: dict[str, str]) -> None:
-    """Set what torch's `env://` initialisation reads in this worker."""
+    """Set what torch's `env://` initialisation reads in this worker, and the network interface to the other nodes."""
     context = ray.train.get_context()
     os.environ |= {
         **common,
+        **interface_settings(ray.util.get_node_ip_address()),
         "RANK": str(context.get_world_rank()),
         "WORLD_SIZE": str(context.get_world_size()),
         "LOCAL_RANK": str(context.get_local_rank()),

@@ -23,7 +23,7 @@ def run_plain(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> Outc
     Raises:
         UserError: the config wants more than one worker.
     """
-    if config.launch.num_workers != 1:
+    if config.launch.max_workers != 1:
         raise UserError("one-process-many-workers", num_workers=config.launch.num_workers)
     client = DirectClient(Coordinator(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best))
     client.call("start_job", launcher="none", host=socket.gethostname(), pid=os.getpid())

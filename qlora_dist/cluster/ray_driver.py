@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from ray.train.v2.api.config import FailureConfig, LoggingConfig, ScalingConfig
 from ray.train.v2.api.config import RunConfig as RayRunConfig
 
 from qlora_dist.cluster.actor import NAMESPACE, start_coordinator
+from qlora_dist.cluster.elastic import PLACE_S, ElasticTrainer, NodesPolicy
 from qlora_dist.cluster.group_watch import ATTEMPT_VARIABLE, GroupWatch, RunStopped, WorkersConnect
+from qlora_dist.cluster.nodes import room
 from qlora_dist.cluster.outcome import Outcome, read_outcome
 from qlora_dist.cluster.output import Follower, logs_folder, next_attempt, rank_log, send_output_to
 from qlora_dist.cluster.process import TRAIN, environment, import_function
@@ -54,23 +57,32 @@ def run_with_ray(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> O
         client = start_coordinator(config, run_dir, info.run_id)
         client.call("start_job", launcher="ray", host=socket.gethostname(), pid=os.getpid())
         attempt = next_attempt(run_dir)
-        trainer = TorchTrainer(
+        launch = config.launch
+        scaling = ScalingConfig(
+            num_workers=(launch.min_workers, launch.max_workers) if launch.elastic else launch.max_workers,
+            use_gpu="GPU" in resources,
+            resources_per_worker=resources,
+            # GPUs of one node talk over NVLink; CPU workers of one node share its memory's bandwidth.
+            placement_strategy="PACK" if "GPU" in resources else "SPREAD",
+        )
+        make_trainer: Any = TorchTrainer
+        if launch.elastic:
+            make_trainer = partial(ElasticTrainer, NodesPolicy(scaling, client, run_dir, launch.start_timeout_s))
+        trainer = make_trainer(
             run_worker,
             train_loop_config={
                 "config": config, "client": client, "run_dir": run_dir, "nonce": info.nonce,
                 "train_name": train_name,
             },
             torch_config=WorkersConnect(),
-            scaling_config=ScalingConfig(
-                num_workers=config.launch.num_workers, use_gpu="GPU" in resources, resources_per_worker=resources
-            ),
+            scaling_config=scaling,
             run_config=RayRunConfig(  # type: ignore[arg-type]  # annotated with the class of Ray Train v1
                 # Ray insists on a folder for checkpoints of its own, of which there are none.
                 name="ray",
                 storage_path=str(run_dir),
                 # The coordinator decides; see GroupWatch.
                 failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
-                callbacks=[GroupWatch(client, run_dir, attempt, config.launch.max_restarts)],  # type: ignore[list-item]
+                callbacks=[GroupWatch(client, run_dir, attempt, launch.max_restarts, launch.elastic)],  # type: ignore[list-item]
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )  # fmt: skip
@@ -138,10 +150,13 @@ def _ray_settings(config: RunConfig) -> contextlib.AbstractContextManager[None]:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_S),
         # For a worker that hangs alone; where there are more, the others' collectives find it.
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(launch.collective_timeout_s),
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(launch.start_timeout_s),
+        # An elastic run plans anew when a placement does not come about, and keeps start_timeout_s itself.
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(
+            min(PLACE_S, launch.start_timeout_s) if launch.elastic else launch.start_timeout_s
+        ),
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
-        # A notice that a node will be reclaimed has no use before groups can shrink; the watcher costs a process.
+        # The watcher for notices that a node will be reclaimed costs a process; nothing here acts on them.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
     }
@@ -158,7 +173,7 @@ def _cluster(config: RunConfig) -> Iterator[None]:
     options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         launch = config.launch
-        needed = launch.num_workers * launch.cpus_per_worker
+        needed = launch.max_workers * launch.cpus_per_worker
         ray.init(
             address="local",
             # Two workers on one core are slow but right; Ray would wait for a second core for ever.
@@ -172,6 +187,8 @@ def _cluster(config: RunConfig) -> Iterator[None]:
         try:
             ray.init(address=address, **options)
         except (ConnectionError, ValueError) as error:
+            if "AuthToken" in str(error.__cause__):
+                raise UserError("ray-token", address=address) from error
             raise UserError("ray-not-joined", address=address, error=error) from error
     try:
         yield
@@ -212,14 +229,14 @@ def check_room(config: RunConfig, resources: dict[str, float]) -> None:
         UserError: with what is needed and what is there.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(min(int(node.get(name, 0) // amount) for name, amount in resources.items()) for node in nodes)
-    workers = config.launch.num_workers
-    if room >= workers:
+    fit = room(nodes, resources)
+    workers = config.launch.min_workers
+    if fit >= workers:
         return
     needed = " and ".join(f"{amount * workers:g} {name}s" for name, amount in resources.items())
     found = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}s" for name in resources)
     if "GPU" in resources:
         raise UserError(
-            "cluster-short-of-gpus", workers=workers, needed=needed, found=found, nodes=len(nodes), room=room
+            "cluster-short-of-gpus", workers=workers, needed=needed, found=found, nodes=len(nodes), room=fit
         )
-    raise UserError("cluster-too-small", workers=workers, needed=needed, found=found, nodes=len(nodes), room=room)
+    raise UserError("cluster-too-small", workers=workers, needed=needed, found=found, nodes=len(nodes), room=fit)

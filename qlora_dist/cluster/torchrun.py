@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
+import torch
 from torch.distributed import PrefixStore, Store, rendezvous
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -25,6 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from qlora_dist.cluster.address_file import read_address, write_address
+from qlora_dist.cluster.network import address_towards, interface_settings
 from qlora_dist.cluster.outcome import Outcome, read_outcome
 from qlora_dist.cluster.output import next_attempt, rank_log
 from qlora_dist.cluster.process import TRAIN, choose_device, environment, import_function
@@ -90,7 +93,7 @@ def _run_attempt(config: RunConfig, run_dir: Path, client: CoordinatorClient, tr
         agent = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
-            nproc_per_node=config.launch.num_workers,
+            nproc_per_node=workers_here(config),
             run_id=secrets.token_hex(8),
             rdzv_backend="c10d",
             rdzv_endpoint="127.0.0.1:0",
@@ -107,6 +110,21 @@ def _run_attempt(config: RunConfig, run_dir: Path, client: CoordinatorClient, tr
         except SignalException as error:
             raise KeyboardInterrupt from error
     return None
+
+
+def workers_here(config: RunConfig) -> int:
+    """How many workers this machine alone gets: the most of `launch.num_workers` that there are GPUs for.
+
+    Raises:
+        UserError: there are fewer GPUs than the least number of workers.
+    """
+    launch = config.launch
+    found = torch.cuda.device_count()
+    if not launch.elastic or launch.device == "cpu" or (launch.device == "auto" and found == 0):
+        return launch.max_workers
+    if found < launch.min_workers:
+        raise UserError("machine-too-small", least=launch.min_workers, most=launch.max_workers, found=found)
+    return min(found, launch.max_workers)
 
 
 def _explain(error: ChildFailedError, client: CoordinatorClient) -> str:
@@ -128,11 +146,17 @@ def _explain(error: ChildFailedError, client: CoordinatorClient) -> str:
 def with_world_size(config: RunConfig, world_size: int) -> RunConfig:
     """The configuration for the number of workers that somebody else has started.
 
+    A range stays as it is: the global batch follows from it, whoever is there.
+
     Raises:
-        UserError: it names another number itself.
+        UserError: it names another number, or a range without this one, itself.
     """
     launch = config.launch
-    if launch.num_workers == world_size:
+    if launch.elastic and not launch.min_workers <= world_size <= launch.max_workers:
+        raise UserError(
+            "world-size-out-of-range", least=launch.min_workers, most=launch.max_workers, world_size=world_size
+        )
+    if launch.elastic or launch.max_workers == world_size:
         return config
     if "num_workers" in launch.model_fields_set:
         raise UserError("world-size-differs", num_workers=launch.num_workers, world_size=world_size)
@@ -149,6 +173,8 @@ def run_as_worker(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> 
     config = with_world_size(config, world_size)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = choose_device(config, local_rank)
+    if not on_one_machine(world_size):
+        os.environ |= interface_settings(_address_towards_master())
     store: Store | None = None
     if world_size > 1:
         timeout = timedelta(seconds=config.launch.start_timeout_s)
@@ -172,6 +198,26 @@ def run_as_worker(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> 
         return Outcome(2, told["message"]) if told["kind"] == "user" else Outcome(0)
 
 
+def on_one_machine(world_size: int) -> bool:
+    """Whether the launcher that set this process's environment started all workers here."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == world_size
+
+
+def _address_towards_master() -> str:
+    try:
+        return address_towards(os.environ["MASTER_ADDR"])
+    except OSError as error:
+        raise UserError("master-unreachable", host=os.environ["MASTER_ADDR"], error=error) from error
+
+
+def _session() -> str | None:
+    """Names the agent that started this process; workers that it starts again belong to the same job."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    agent = psutil.Process(os.getppid())
+    return f"{socket.gethostname()}:{agent.pid}:{agent.create_time()}"
+
+
 @contextlib.contextmanager
 def _host_coordinator(
     config: RunConfig, run_dir: Path, store: Store | None, world_size: int
@@ -180,14 +226,12 @@ def _host_coordinator(
     info = open_run(run_dir, to_yaml(config))
     coordinator = Coordinator(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
     client = DirectClient(coordinator)
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        client.call("start_job", launcher="torchrun", host=socket.gethostname(), pid=os.getpid())
+    client.call("start_job", launcher="torchrun", host=socket.gethostname(), pid=os.getpid(), session=_session())
     if store is None:
         yield client, info.nonce
         return
     token, key = secrets.token_urlsafe(32), secrets.token_hex(8)
-    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == world_size
-    host = "127.0.0.1" if one_machine else os.environ["MASTER_ADDR"]
+    host = "127.0.0.1" if on_one_machine(world_size) else os.environ["MASTER_ADDR"]
     service = CoordinatorService(coordinator, token, host)
     write_address(run_dir, service.url, token, key)
     store.set("nonce", info.nonce)

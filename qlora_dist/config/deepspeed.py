@@ -102,7 +102,7 @@ def _ours(config: RunConfig) -> dict[str, Any]:
 def _said_elsewhere(config: RunConfig) -> dict[str, Any]:
     """What our config says of keys that DeepSpeed itself is told something else of, because our loop does it."""
     train, together = config.train, config.global_batch_size
-    steps = math.ceil(together / (train.per_device_train_batch_size * config.launch.num_workers))
+    steps = math.ceil(together / (train.per_device_train_batch_size * config.launch.max_workers))
     return {
         "train_micro_batch_size_per_gpu": train.per_device_train_batch_size,
         "gradient_accumulation_steps": steps,

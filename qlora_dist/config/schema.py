@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.redact import holds_credentials, redact
@@ -49,7 +49,8 @@ class ModelConfig(Section):
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     fused: Literal["auto", "on", "off"] = Field(
-        "auto", description="Decoder layers and loss as fused kernels: `auto` on a GPU; off is transformers' and PEFT's."
+        "auto",
+        description="Decoder layers and loss as fused kernels: `auto` on a GPU; off is transformers' and PEFT's.",
     )
 
 
@@ -243,11 +244,23 @@ class ShardConfig(Section):
     )
 
 
+def _number_or_range(value: Any) -> Any:
+    numbers = value if isinstance(value, list) and len(value) == 2 else [value]
+    if not all(isinstance(number, int) and not isinstance(number, bool) and number > 0 for number in numbers):
+        raise ValueError("a whole number above 0, or two of them: [least, most]")
+    return value
+
+
+WorkerCount = Annotated[int | list[int], BeforeValidator(_number_or_range)]
+
+
 class LaunchConfig(Section):
     """Who starts the workers, and where."""
 
     backend: Literal["ray", "torchrun", "none"] = "ray"
-    num_workers: PositiveInt = 1
+    num_workers: WorkerCount = Field(
+        1, description="A number, or [least, most]: as many as fit, fewer when a node is lost, more when one returns."
+    )
     address: str | None = Field(None, description="Ray cluster to join; a local one is started where unset.")
     device: Literal["auto", "cuda", "cpu"] = "auto"
     cpus_per_worker: PositiveInt = 1
@@ -256,6 +269,21 @@ class LaunchConfig(Section):
         600.0, description="A worker that keeps the others waiting so long is named and the run restarts."
     )
     start_timeout_s: Annotated[float, Field(gt=0)] = Field(300.0, description="For the worker group to start.")
+
+    @property
+    def min_workers(self) -> int:
+        """The least number of workers that train."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The largest number of workers that train."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change during the run."""
+        return self.min_workers < self.max_workers
 
 
 class TrackConfig(Section):
@@ -307,24 +335,27 @@ class RunConfig(Section):
 
     @property
     def global_batch_size(self) -> int:
-        """Packs an optimizer step, over all workers and micro-batches."""
+        """Packs an optimizer step, over all workers and micro-batches.
+
+        Where `launch.num_workers` is a range it is that of the most workers, however many are there.
+        """
         train = self.train
         if train.global_batch_size is not None:
             return train.global_batch_size
-        return train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * self.launch.num_workers
+        return train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * self.launch.max_workers
 
     @property
     def strategy(self) -> StrategyName:
         """The strategy that `shard.strategy: auto` stands for."""
         if self.shard.strategy != "auto":
             return self.shard.strategy
-        return "none" if self.launch.num_workers == 1 else "ddp"
+        return "none" if self.launch.max_workers == 1 else "ddp"
 
 
 def contradictions(config: RunConfig) -> Iterator[UserError]:
     """What is wrong with values that cannot hold together."""
     train, data, evaluation, launch, adapter = config.train, config.data, config.eval, config.launch, config.adapter
-    workers = launch.num_workers
+    workers = launch.max_workers
     if train.max_steps is not None and train.num_train_epochs is not None:
         yield UserError("steps-and-epochs")
     if train.warmup_steps and train.warmup_ratio:
@@ -376,6 +407,8 @@ def contradictions(config: RunConfig) -> Iterator[UserError]:
         yield UserError("run-folder-is-url", output_dir=config.output_dir)
     if evaluation.sample_prompts and not data.assistant_only_loss:
         yield UserError("samples-without-answers")
+    if launch.min_workers > launch.max_workers:
+        yield UserError("worker-range-reversed", least=launch.min_workers, most=launch.max_workers)
     if workers > 1 and config.shard.strategy == "none":
         yield UserError("strategy-for-one-worker", workers=workers)
     if workers > 1 and launch.backend == "none":

@@ -18,6 +18,9 @@ DECISIONS = frozenset(
         "refused",
         "failed",
         "restart",
+        "resize",
+        "held",
+        "resize_off",
         "stop",
         "finished",
     }
@@ -37,7 +40,10 @@ class Run:
         committed: folder names of commits that were not removed -> their events.
         failures: of the current generation, in order.
         restarts: decisions on restarting since the job started, in order.
+    resize, held: a planned resize that is not done yet, and where all ranks hold still for it; see `resize.py`.
+    resizes: planned resizes done since the job started, in order: {generation, step, reason, time}.
         started_generation: generation number when the job started, 0 where it is the first.
+    session: the launcher of this job, where it starts workers again by itself.
     """
 
     generation: int | None = None
@@ -50,9 +56,13 @@ class Run:
     committed: dict[str, Event] = field(default_factory=dict)
     failures: list[Event] = field(default_factory=list)
     restarts: list[Event] = field(default_factory=list)
+    resize: Event | None = None
+    held: Event | None = None
+    resizes: list[dict[str, Any]] = field(default_factory=list)
     stop: Event | None = None
     finished: Event | None = None
     started_generation: int = 0
+    session: str | None = None
     last_time: float | None = None
 
     def apply(self, event: Event) -> None:
@@ -61,7 +71,10 @@ class Run:
         match event["kind"]:
             case "job":
                 self.started_generation = event["started_generation"]
+                self.session = event.get("session")
                 self.restarts = []
+                self.resizes = []
+                self.resize = self.held = None
                 self.failures = []
                 self.stop = None
                 self.finished = None
@@ -75,6 +88,10 @@ class Run:
                 self.generation_time = event["time"]
                 self.dead.update(attempt for attempt in self.joining if attempt != event["attempt"])
                 self.joining = []
+                if self.resize is not None and self.held is not None:
+                    done = {"generation": self.held["generation"], "step": self.held["step"], "time": event["time"]}
+                    self.resizes.append(done | {"reason": self.resize["reason"]})
+                self.resize = self.held = None
                 self.failures = []
                 self.stop = None
                 self.finished = None
@@ -87,10 +104,19 @@ class Run:
                 self.failures.append(event)
             case "restart":
                 self.restarts.append(event)
+                self.resize = self.held = None
+            case "resize":
+                self.resize, self.held = event, None
+            case "held":
+                self.held = event
+            case "resize_off":
+                self.resize = self.held = None
             case "stop":
                 self.stop = event
+                self.resize = self.held = None
             case "finished":
                 self.finished = event
+                self.resize = self.held = None
 
     def failure(self) -> Event | None:
         """The failure that tells best why the current generation ended: a user error, else the first one."""
@@ -110,6 +136,8 @@ class Run:
             return "starting" if self.restarts[-1]["restart"] else "failed"
         if self.failures:
             return "failed"
+        if self.held is not None:
+            return "starting"
         if self.generation is None or self.generation <= self.started_generation:
             return "starting"
         return "running"

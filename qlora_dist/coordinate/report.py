@@ -23,8 +23,8 @@ def build(run_id: str, run: Run, heard: Heard, joined: list[int]) -> dict[str, A
         run_id, generation, state (starting, running, finished, failed, stopped), step, max_steps, loss,
         tokens_per_second (sum over ranks), seconds_left, ranks (one {rank, host, pid, step, phase, age_s,
         tokens_per_second, memory_bytes, ...} each), last_checkpoint ({folder, step, generation, time, metrics}),
-        restarts ([{generation, step, reason}] since the job started), reason (why it failed or stopped), joined
-        (ranks of a group that is not complete yet), time (seconds since the epoch).
+        restarts ([{generation, step, reason, planned: True for a resize}] since the job started), reason (why it
+        failed or stopped), joined (ranks of a group that is not complete yet), time (seconds since the epoch).
     """
     now = time.monotonic()
     ranks = []
@@ -59,12 +59,18 @@ def _durable(run: Run) -> dict[str, Any]:
         "state": run.state(),
         "reason": outcome(run)["message"],
         "last_checkpoint": None if last is None else {key: last[key] for key in keys},
-        "restarts": [
-            {"generation": e["generation"], "step": e["step"], "reason": e["reason"]}
-            for e in run.restarts
-            if e["restart"]
-        ],
+        "restarts": _restarts(run),
     }
+
+
+def _restarts(run: Run) -> list[dict[str, Any]]:
+    """New worker groups since the job started, after failures and for planned resizes, in order."""
+    failed = [(event, False) for event in run.restarts if event["restart"]]
+    resized = [(event, True) for event in run.resizes]
+    return [
+        {"generation": event["generation"], "step": event["step"], "reason": event["reason"], "planned": planned}
+        for event, planned in sorted(failed + resized, key=lambda entry: entry[0]["time"])
+    ]
 
 
 def outcome(run: Run) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dist.config.errors import UserError
-from qlora_dist.coordinate import report
+from qlora_dist.coordinate import report, resize
 from qlora_dist.coordinate.commit import commit
 from qlora_dist.coordinate.decisions import Decisions
 from qlora_dist.coordinate.files import empty_trash
@@ -28,7 +28,7 @@ Answer = dict[str, Any]
 MESSAGES = frozenset(
     {
         "start_job", "join", "heartbeat", "who_is_missing", "commit", "fail", "finish", "request_stop", "outcome",
-        "should_restart", "note", "status",
+        "should_restart", "request_resize", "held", "cancel_resize", "resize_state", "note", "status",
     }
 )  # fmt: skip
 
@@ -89,15 +89,20 @@ class Coordinator:
         answer: Answer = message(**kwargs)
         return answer
 
-    def start_job(self, **fields: Any) -> Answer:
+    def start_job(self, session: str | None = None, **fields: Any) -> Answer:
         """A person or a queue started the job (again): failures counted so far are forgotten.
+
+        Args:
+            session: names a launcher that starts workers again by itself; with the last job's session it is that job.
 
         Returns:
             {"started_generation": the newest generation before this job, 0 for none}, as `resolve_resume` wants it.
         """
-        with self._decisions.deciding():
+        with self._decisions.deciding() as run:
+            if session is not None and session == run.session:
+                return {"started_generation": run.started_generation}
             started = self._decisions.known_generation()
-            self._decisions.decide("job", started_generation=started, **fields)
+            self._decisions.decide("job", started_generation=started, session=session, **fields)
         self._write_status()
         return {"started_generation": started}
 
@@ -180,7 +185,8 @@ class Coordinator:
 
         Returns:
             {"current": False when a newer generation has started (the rank is to end), "stop": True when the run is
-            to end after a checkpoint, "generation": the current one}.
+            to end after a checkpoint, "hold": True when all ranks are to make a checkpoint and hold still after it,
+            "generation": the current one}.
         """
         if phase not in PHASES:
             raise ValueError(f"phase {phase!r} is none of {', '.join(PHASES)}")
@@ -194,6 +200,7 @@ class Coordinator:
             answer = {
                 "current": current,
                 "stop": self._decisions.run.stop is not None,
+                "hold": current and self._decisions.run.resize is not None,
                 "generation": self._decisions.run.generation,
             }
         if current and due:
@@ -312,7 +319,9 @@ class Coordinator:
         with self._decisions.memory:
             return report.outcome(self._decisions.run)
 
-    def should_restart(self, message: str, step: int | None = None, max_restarts: int | None = None) -> Answer:
+    def should_restart(
+        self, message: str, step: int | None = None, max_restarts: int | None = None, counted: bool = True
+    ) -> Answer:
         """Whether the driver is to start a new worker group after a failure; the decision is kept.
 
         No, when a person must mend something, when the same failure (numbers and addresses aside) happened at the
@@ -320,6 +329,8 @@ class Coordinator:
 
         Args:
             step: where it failed; None where the driver cannot know: the furthest step a rank told of.
+            counted: False for the loss of a node in a run that goes on with those left: `max_restarts` does not bound
+                these.
 
         Returns:
             {"restart": bool, "reason": sentence}.
@@ -332,21 +343,50 @@ class Coordinator:
                 with self._decisions.memory:
                     step = self._current().step()
             same = [e for e in run.restarts if normalise(e["message"]) == normalise(message) and e["step"] == step]
-            restarts = sum(event["restart"] for event in run.restarts)
+            restarts = sum(event["restart"] and event.get("counted", True) for event in run.restarts)
             if failure is not None and failure["failure"] == "user":
                 restart, reason = False, failure["message"]
             elif same:
                 where = "before the first step" if step is None else f"at step {step}"
                 restart, reason = False, f"the same failure happened twice {where}: {message}"
-            elif max_restarts is not None and restarts >= max_restarts:
+            elif counted and max_restarts is not None and restarts >= max_restarts:
                 restart, reason = False, f"the run was restarted {restarts} times and failed again: {message}"
             else:
                 restart, reason = True, message
-            self._decisions.decide(
-                "restart", generation=run.generation, message=message, step=step, restart=restart, reason=reason
-            )
+            fields = {"message": message, "step": step, "restart": restart, "reason": reason, "counted": counted}
+            self._decisions.decide("restart", generation=run.generation, **fields)
         self._write_status()
         return {"restart": restart, "reason": reason}
+
+    def request_resize(self, workers: int, reason: str) -> Answer:
+        """Ask the workers for a checkpoint at the next step boundary, after which the group is to be of `workers`.
+
+        Returns:
+            {"asked": False when there is no group at work that could be resized}.
+        """
+        answer = resize.ask(self._decisions, workers, reason)
+        self._write_status()
+        return answer
+
+    def held(self, generation: int, step: int) -> Answer:
+        """All ranks hold still after `step`, whose checkpoint is committed; rank 0 says so.
+
+        Returns:
+            {"recorded": False from a group whose time is over}.
+        """
+        answer = resize.hold(self._decisions, generation, step)
+        self._write_status()
+        return answer
+
+    def cancel_resize(self, reason: str) -> Answer:
+        """The resize will not happen; ranks that hold still go on."""
+        answer = resize.call_off(self._decisions, reason)
+        self._write_status()
+        return answer
+
+    def resize_state(self) -> Answer:
+        """Where a resize stands: {"asked": bool, "held_step": where all ranks hold still, else None}."""
+        return resize.stands(self._decisions)
 
     def note(self, kind: str, **fields: Any) -> Answer:
         """Keep an event of no consequence in the log."""

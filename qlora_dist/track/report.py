@@ -162,6 +162,10 @@ def timeline(events: Records) -> list[tuple[str, str, str, str]]:
             css, text = "bad", f"rank {event['rank']}, step {event['step']}: {event['message']}"
         elif kind == "restart":
             css, text = "warn", f"{'restarting' if event['restart'] else 'not restarting'}: {event['reason']}"
+        elif kind in ("resize", "resize_off"):
+            label, css, text = "resize", "warn", f"{'called off: ' if kind != 'resize' else ''}{event['reason']}"
+        elif kind == "held":
+            label, text = "resize", f"all workers hold still after step {event['step']}, its checkpoint committed"
         elif kind == "finished":
             label, text, css = "done", f"{event['step']} steps", "good"
         elif kind not in ("notice", "resumed", "plan"):

@@ -110,6 +110,10 @@ class View:
         elif kind == "restart":
             verb = "restarting" if event["restart"] else "not restarting"
             self.line("failed", f"{verb}: {event['reason']}", style="yellow")
+        elif kind == "resize":
+            self.line("resize", f"{event['reason']}; a checkpoint first")
+        elif kind == "resize_off":
+            self.line("resize", f"called off: {event['reason']}")
         elif kind == "finished":
             self.show_end(event["step"], event["summary"])
 

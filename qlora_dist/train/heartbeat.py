@@ -23,6 +23,7 @@ class Heartbeat:
         self.phase: Phase = "setup"
         self.metrics: dict[str, Any] = {}
         self.stop_asked = False
+        self.hold_asked = False
         self._since = time.monotonic()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -62,6 +63,7 @@ class Heartbeat:
             logger.warning("heartbeat of rank %d: %s", self.rank, error)
             return {}
         self.stop_asked = bool(answer.get("stop"))
+        self.hold_asked = bool(answer.get("hold"))
         return answer
 
 

@@ -28,6 +28,7 @@ from qlora_dist.train.progress import Progress
 from qlora_dist.train.step import accumulate_gradients, draw_seed, lays_flat
 
 CLOSE_TIMEOUT_S = 60.0
+HOLD_POLL_S = 0.1
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Loop:
     last_eval: tuple[int, float] | None = None
     saved_step: int = -1
     asked_to_stop: bool = False
+    asked_to_hold: bool = False
 
     def run(self) -> None:
         """Train from where `progress` stands to the last step, until early stopping, or until asked to stop.
@@ -97,12 +99,26 @@ class Loop:
                 last
                 or self.stopped_early()
                 or self.asked_to_stop
+                or self.asked_to_hold
                 or improved
                 or self.due(self.config.checkpoint.save_steps)
             ):
                 self.save()
             if self.writer is not None:
                 self.writer.poll()
+            if self.asked_to_hold and not last and not self.asked_to_stop and self.saved_step == step:
+                self.hold()
+
+    def hold(self) -> None:
+        """Stand still after this step's checkpoint, until the launcher ends this group or calls the resize off."""
+        self.heartbeat.at(self.progress.step, "checkpoint")
+        if self.writer is not None:
+            self.writer.close()
+            self.heartbeat.client.call("held", generation=self.heartbeat.generation, step=self.progress.step)
+        while self.heartbeat.hold_asked:
+            time.sleep(HOLD_POLL_S)
+        self.asked_to_hold = False
+        self.interval_start = time.monotonic()
 
     def due(self, every: int | None) -> bool:
         """Whether something done `every` so many steps is due now."""
@@ -133,12 +149,13 @@ class Loop:
         )  # fmt: skip
         self.heartbeat.at(progress.step + 1, "collective")
         norm = self.strategy.clip(config.train.max_grad_norm, progress.loss_scale.scale)
-        # The vote on stopping rides along, so that all ranks stop after the same step.
-        totals = torch.stack([share, torch.full_like(share, self.heartbeat.stop_asked)])
+        # The votes on stopping and holding ride along, so that all ranks do so after the same step.
+        asked = (self.heartbeat.stop_asked, self.heartbeat.hold_asked)
+        totals = torch.stack([share, *(torch.full_like(share, vote) for vote in asked)])
         if self.world_size > 1:
             dist.all_reduce(totals)
-        share, stop_votes = totals.unbind()
-        self.asked_to_stop = bool(stop_votes > 0)
+        share = totals[0]
+        self.asked_to_stop, self.asked_to_hold = (totals[1:] > 0).tolist()
         # bitsandbytes' and torch's optimizers take their decision on the host, so the flag is read here.
         skip = not bool(torch.isfinite(norm) & torch.isfinite(share))
         learning_rate = self.schedule(progress.step)

@@ -116,7 +116,7 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
     order = GlobalOrder(train_table.num_packs, config.global_batch_size, config.data.shuffle, config.seed)
     total_steps = config.train.max_steps or order.total_steps(config.train.num_train_epochs or 1.0)
     if lead:
-        describe_data(note, tokenizer, train_table, eval_table, config, total_steps)
+        describe_data(note, tokenizer, train_table, eval_table, config, total_steps, worker.world_size)
 
     dtype = compute_dtype(config.model, worker.device)
     base = load_base(config.model, folder, worker.device, config.adapter, placement)
@@ -387,7 +387,7 @@ def _ignore(kind: str, message: str, **fields: Any) -> None:
 
 def describe_data(
     note: Any, tokenizer: Any, train_table: TokenTable, eval_table: TokenTable | None, config: RunConfig,
-    total_steps: int,
+    total_steps: int, num_workers: int,
 ) -> None:  # fmt: skip
     """Say what the data turned into."""
     tables = {"train": train_table} | ({"eval": eval_table} if eval_table is not None else {})
@@ -400,7 +400,7 @@ def describe_data(
     note("example", example_line(pieces), pieces=pieces)
     note(
         "plan",
-        f"{total_steps:,} steps of {config.global_batch_size} packs on {config.launch.num_workers} worker(s), "
+        f"{total_steps:,} steps of {config.global_batch_size} packs on {num_workers} worker(s), "
         f"strategy {config.strategy}",
         max_steps=total_steps,
     )

@@ -63,6 +63,11 @@ def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
         (MINIMAL, ["launch.num_workers=2", "shard.strategy=none"], "set shard.strategy to ddp or auto"),
         (MINIMAL, ["launch.num_workers=2", "launch.backend=none"], "set launch.backend to ray or torchrun"),
         (MINIMAL, ["launch.backend=none", "launch.address=auto"], "launch.address is for Ray"),
+        (MINIMAL, ["launch.num_workers=[3, 2]"], "launch.num_workers is [3, 2], whose first number is the larger"),
+        (MINIMAL, ["launch.num_workers=[1, 2, 3]"], "it must be a whole number above 0, or two of them: [least, most]"),
+        (MINIMAL, ["launch.num_workers=[0, 2]"], "launch.num_workers is [0, 2] (given as launch.num_workers=[0, 2])"),
+        (MINIMAL, ["launch.num_workers=many"], "it must be a whole number above 0"),
+        (MINIMAL, ["launch.num_workers=[1, 2]", "launch.backend=none"], "set launch.backend to ray or torchrun"),
         (MINIMAL, ["output_dir=s3://bucket/run"], "a run folder is on a filesystem that all nodes mount"),
         (HELD_OUT, ["eval.sample_prompts=1", "data.assistant_only_loss=false"], "needs answers to begin somewhere"),
     ],
@@ -106,6 +111,18 @@ def test_the_global_batch_follows_from_its_factors(tmp_path: Path) -> None:
 def test_auto_strategy_depends_on_the_number_of_workers(tmp_path: Path) -> None:
     assert load(tmp_path, MINIMAL).strategy == "none"
     assert load(tmp_path, MINIMAL, "launch.num_workers=2").strategy == "ddp"
+    # One worker of such a range is still one of a group that may grow.
+    assert load(tmp_path, MINIMAL, "launch.num_workers=[1, 2]").strategy == "ddp"
+
+
+def test_a_range_of_workers_has_one_global_batch(tmp_path: Path) -> None:
+    config = load(tmp_path, MINIMAL, "train.per_device_train_batch_size=2", "launch.num_workers=[1, 4]")
+    launch = config.launch
+    assert (launch.min_workers, launch.max_workers, launch.elastic) == (1, 4, True)
+    assert config.global_batch_size == 8
+    assert from_yaml(to_yaml(config)) == config
+    fixed = load(tmp_path, MINIMAL, "launch.num_workers=[2, 2]").launch
+    assert (fixed.min_workers, fixed.max_workers, fixed.elastic) == (2, 2, False)
 
 
 def test_every_synonym_points_at_a_setting_that_exists() -> None:

@@ -25,7 +25,7 @@ ANYTHING = st.one_of(
 )
 PLAUSIBLE = {
     "name": ["run", "a.b"], "max_steps": [1, 50], "num_train_epochs": [1, 0.5], "global_batch_size": [8, 12],
-    "per_device_train_batch_size": [1, 4], "gradient_accumulation_steps": [1, 2], "num_workers": [1, 2, 4],
+    "per_device_train_batch_size": [1, 4], "gradient_accumulation_steps": [1, 2], "num_workers": [1, 2, [1, 2]],
     "eval": ["e.jsonl"], "eval_split": [0, 0.1, 5], "eval_steps": [10], "early_stopping_patience": [2],
     "strategy": ["auto", "none", "ddp"], "backend": ["ray", "torchrun", "none"], "warmup_steps": [0, 5],
     "path": ["adapters/a"], "r": [4, 64], "target_modules": ["all-linear", ["q_proj"]], "train": ["t.jsonl"],

@@ -78,6 +78,10 @@ CONTRADICTIONS: dict[str, Mendable] = {
         "output_dir is {output_dir}, but a run folder is on a filesystem that all nodes mount",
         "name a folder there",
     ),
+    "worker-range-reversed": Mendable(
+        "launch.num_workers is [{least}, {most}], whose first number is the larger",
+        "write the least number of workers first",
+    ),
     "strategy-for-one-worker": Mendable(
         "shard.strategy is none but launch.num_workers is {workers}",
         "set shard.strategy to ddp or auto, or launch.num_workers to 1",

@@ -47,6 +47,29 @@ LAUNCHING: dict[str, Mendable] = {
         "cluster hold them",
         "wait, lower launch.num_workers, or raise launch.start_timeout_s",
     ),
+    "nodes-missing": Mendable(
+        "launch.num_workers is [{least}, {most}], and for {seconds} s (launch.start_timeout_s) the Ray cluster had "
+        "room for {room} worker(s)",
+        "bring nodes back, lower the first number, or raise launch.start_timeout_s; the same command goes on from the "
+        "last checkpoint",
+    ),
+    "ray-token": Mendable(
+        "the Ray cluster at launch.address={address} wants a token",
+        "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head node",
+    ),
+    "world-size-out-of-range": Mendable(
+        "launch.num_workers is [{least}, {most}], but WORLD_SIZE is {world_size}",
+        "start torchrun with such numbers of nodes and processes, or widen launch.num_workers",
+    ),
+    "master-unreachable": Mendable(
+        "MASTER_ADDR={host} cannot be reached from this node ({error})",
+        "give torchrun an --rdzv-endpoint that every node resolves, and --local-addr where a host's name is not "
+        "known to the others",
+    ),
+    "machine-too-small": Mendable(
+        "launch.num_workers is [{least}, {most}], and this machine has {found} GPU(s)",
+        "lower the first number, set launch.device=cpu, or start torchrun on several machines yourself",
+    ),
     "run-already-running": Mendable(
         "the run in {run_dir} is already running on this Ray cluster",
         "wait for it, stop that job, or choose another output_dir",

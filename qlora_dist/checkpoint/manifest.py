@@ -98,10 +98,15 @@ def resolve_resume(run_dir: Path, resume: str, started_generation: int, warn: Wa
         warn: told about damaged checkpoints that are passed over.
 
     Raises:
-        UserError: `none` in a folder that holds an earlier job's checkpoints; a path without a good checkpoint.
+        UserError: `auto` in a folder whose checkpoints are all damaged; `none` in one that holds an earlier job's
+            checkpoints; a path without a good checkpoint.
     """
     if resume == "auto":
-        return latest_good(run_dir, warn)
+        newest = latest_good(run_dir, warn)
+        if newest is None and (damaged := _committed_folders(run_dir)):
+            names = ", ".join(folder.name for folder in damaged)
+            raise UserError("checkpoints-all-damaged", run_dir=run_dir, checkpoints=names)
+        return newest
     own = latest_good(run_dir, warn, newer_than=started_generation)
     if resume == "none":
         earlier = [
@@ -122,6 +127,8 @@ def resolve_resume(run_dir: Path, resume: str, started_generation: int, warn: Wa
 
 
 def _named_checkpoint(path: Path, warn: Warn) -> Path:
+    if not path.exists():
+        raise UserError("resume-missing", path=path)
     if not path.is_dir():
         raise UserError("resume-no-folder", path=path)
     if (path / CHECKPOINTS).is_dir():

@@ -19,10 +19,13 @@ def cache_root() -> Path:
 
 
 @contextmanager
-def folder_lock(target: Path) -> Iterator[None]:
+def folder_lock(target: Path, setting: str = "QLORA_DIST_CACHE") -> Iterator[None]:
     """Hold the one lock of `target` among the processes that share its file system; waits for as long as it takes.
 
     The operating system releases it when its holder dies, so a killed writer never blocks the next.
+
+    Args:
+        setting: what names the place of `target`, for the error.
 
     Raises:
         UserError: the parent folder cannot be written.
@@ -32,9 +35,11 @@ def folder_lock(target: Path) -> Iterator[None]:
         lock = FileLock(target.parent / f".{target.name}.lock")
         lock.acquire()
     except PermissionError as error:
-        raise UserError("cache-not-writable", folder=target.parent, error=error.strerror) from error
+        raise UserError("cache-not-writable", setting=setting, folder=target.parent, error=error.strerror) from error
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError("cache-not-writable", folder=target.parent, error="it is a file, or below one") from error
+        raise UserError(
+            "cache-not-writable", setting=setting, folder=target.parent, error="it is a file, or below one"
+        ) from error
     try:
         yield
     finally:

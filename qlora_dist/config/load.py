@@ -1,6 +1,7 @@
 """From a YAML file and dotted overrides to one validated RunConfig; every mistake becomes one sentence."""
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -32,6 +33,11 @@ SYNONYMS = {
     "save_total_limit": "checkpoint.keep_last",
     "resume_from_checkpoint": "resume",
 }
+# Keys that other tools take credentials under; a tokenizer's pad_token and its like are none.
+SECRETS = re.compile(
+    r"(?i)(.*_)?((hub|hf|auth|access|api|wandb|bearer)_token|api_?key|access_key(_id)?|secret(_\w+)?|passw(or)?d"
+    r"|credentials?)|token"
+)
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -104,8 +110,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int]]:
         raise UserError("config-missing", path=path) from None
     except IsADirectoryError:
         raise UserError("config-is-folder", path=path) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("config-unreadable", path=path, error=getattr(error, "strerror", error)) from None
+    except OSError as error:
+        raise UserError("config-unreadable", path=path, error=error.strerror) from None
+    except UnicodeDecodeError as error:
+        raise UserError("config-not-utf8", path=path, line=1 + error.object.count(b"\n", 0, error.start)) from None
     values, node = read_yaml(text, lambda line: f"{path}, line {line}")
     if not isinstance(values, dict):
         raise UserError("config-empty", path=path)
@@ -125,7 +133,12 @@ def _apply_override(values: dict[str, Any], override: str) -> Location:
     keys = name.split(".")
     if not equals or not all(keys):
         raise UserError("override-form", override=override)
-    value, _ = read_yaml(text, lambda _: repr(override))
+    try:
+        value, _ = read_yaml(text, lambda _: repr(override))
+    except UserError as error:
+        if error.code != "config-not-yaml":
+            raise
+        raise UserError("override-not-yaml", override=override, problem=error.facts["problem"]) from None
     for depth, key in enumerate(keys[:-1]):
         inner = values.setdefault(key, {})
         if inner is None:
@@ -141,11 +154,12 @@ def _mistake(errors: Sequence[Any], sources: dict[Location, str], origin: str) -
     error = errors[0]
     location = _location(error)
     dotted = ".".join(str(part) for part in location)
-    where = sources.get(location) or next(
-        (sources[location[:n]] for n in range(len(location) - 1, 0, -1) if location[:n] in sources), origin
-    )
+    written = tuple(str(part) for part in location)
+    where = next((sources[written[:n]] for n in range(len(written), 0, -1) if written[:n] in sources), origin)
     kind, given = error["type"], error.get("input")
     if kind in ("extra_forbidden", "invalid_key"):
+        if SECRETS.fullmatch(str(location[-1])):
+            return UserError("setting-is-secret", setting=dotted, where=where)
         section, nearest = _nearest(location)
         if nearest is not None:
             return UserError("setting-misspelt", setting=dotted, where=where, nearest=nearest)
@@ -158,7 +172,7 @@ def _mistake(errors: Sequence[Any], sources: dict[Location, str], origin: str) -
         assert isinstance(contradiction, UserError)
         return contradiction
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return UserError("setting-is-section", setting=dotted or "the file", where=where)
+        return UserError("setting-is-section", setting=dotted or "the file", given=_shown(given), where=where)
     branches = [_demand(other) for other in errors if _location(other) == location]
     demand = " or ".join(dict.fromkeys(branches))
     return UserError("setting-value", setting=dotted, given=_shown(given), where=where, demand=demand)

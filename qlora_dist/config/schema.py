@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.redact import holds_credentials, redact
+from qlora_dist.config.shard_rules import shard_contradictions
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -356,6 +357,8 @@ def contradictions(config: RunConfig) -> Iterator[UserError]:
     """What is wrong with values that cannot hold together."""
     train, data, evaluation, launch, adapter = config.train, config.data, config.eval, config.launch, config.adapter
     workers = launch.max_workers
+    if not config.model.name:
+        yield UserError("model-name-empty")
     if train.max_steps is not None and train.num_train_epochs is not None:
         yield UserError("steps-and-epochs")
     if train.warmup_steps and train.warmup_ratio:
@@ -404,13 +407,14 @@ def contradictions(config: RunConfig) -> Iterator[UserError]:
     if adapter.changes_base and adapter.use_dora:
         yield UserError("dora-with-changed-base", init=adapter.init_lora_weights)
     if config.output_dir is not None and re.match(r"[a-z][a-z0-9+.-]+:/", str(config.output_dir)):
-        yield UserError("run-folder-is-url", output_dir=config.output_dir)
+        yield UserError("run-folder-is-url", output_dir=str(config.output_dir).replace(":/", "://", 1))
     if evaluation.sample_prompts and not data.assistant_only_loss:
         yield UserError("samples-without-answers")
     if launch.min_workers > launch.max_workers:
         yield UserError("worker-range-reversed", least=launch.min_workers, most=launch.max_workers)
     if workers > 1 and config.shard.strategy == "none":
         yield UserError("strategy-for-one-worker", workers=workers)
+    yield from shard_contradictions(config)
     if workers > 1 and launch.backend == "none":
         yield UserError("backend-for-one-worker", workers=workers)
     if launch.address is not None and launch.backend != "ray":

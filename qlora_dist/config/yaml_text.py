@@ -17,7 +17,7 @@ def read_yaml(text: str, where: Where) -> tuple[Any, yaml.Node | None]:
         where: names the place of a line (counted from 1), for the error's sentence.
 
     Raises:
-        UserError: the text is not YAML, or a key in it is written twice.
+        UserError: the text is not YAML, has a tag of its own, or a key that is written twice or is no plain value.
     """
     try:
         loader = _Loader(text, where)
@@ -57,9 +57,19 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode):  # YAML itself refuses other keys
-                key = self.construct_object(key_node, deep=True)
-                if key in seen:
-                    raise UserError("config-key-twice", where=self._where(key_node.start_mark.line + 1), key=key)
-                seen.add(key)
+            where = self._where(key_node.start_mark.line + 1)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UserError("config-key-no-name", where=where)
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise UserError("config-key-twice", where=where, key=key)
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def refuse_tag(self, node: yaml.Node) -> None:
+        """A tag that SafeLoader does not know, such as `!!python/object` or `!include`."""
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        raise UserError("config-tag", where=self._where(node.start_mark.line + 1), tag=tag)
+
+
+_Loader.add_constructor(None, _Loader.refuse_tag)

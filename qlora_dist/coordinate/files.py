@@ -85,5 +85,10 @@ def explain(error: OSError, folder: Path) -> Exception:
     if error.errno == errno.EISDIR:
         return UserError("run-file-is-folder", folder=folder, file=error.filename)
     if error.errno in NO_FOLDER:
-        return UserError("run-folder-is-file", folder=folder, file=error.filename or folder)
+        return UserError("run-folder-is-file", folder=folder, file=_the_file(Path(error.filename or folder)))
     return error
+
+
+def _the_file(path: Path) -> Path:
+    """Which part of a path is a file, so that nothing can lie below it."""
+    return next((part for part in (path, *path.parents) if part.exists() and not part.is_dir()), path)

@@ -18,6 +18,7 @@ RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 EVENTS_FILE = "events.jsonl"
 STATUS_FILE = "status.json"
+ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ def open_run(run_dir: Path, config_yaml: str) -> RunInfo:
     """
     try:
         (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        if (run_dir / ADAPTER).exists() and not (run_dir / ADAPTER).is_dir():
+            # The final adapter comes after the last step, and all steps would have been for nothing.
+            raise UserError("run-folder-is-file", folder=run_dir, file=run_dir / ADAPTER)
         log = EventLog(run_dir / EVENTS_FILE)
         with log.locked():
             if not (run_dir / RUN_FILE).exists():

@@ -38,7 +38,7 @@ def cached_table(folder: Path, build: Callable[[], TokenTable]) -> TokenTable:
     table = _open(folder)
     if table is not None:
         return table
-    with folder_lock(folder):
+    with folder_lock(folder, "data.cache_dir"):
         table = _open(folder)
         if table is None:
             built = build()

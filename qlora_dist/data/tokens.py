@@ -30,6 +30,12 @@ SHOWN_PROMPTS = 32
 ROWS_PER_PROCESS = 50_000
 # Settings that change no token of a table, or that stand for a source whose content is looked at.
 NOT_IN_KEY = {"train", "eval", "shuffle", "num_proc", "cache_dir"}
+WHY_NONE_LEFT = {
+    "too_long": "too long",
+    "too_short": "too short",
+    "no_loss": "whose answer lies beyond max_length",
+    "refused": "refused by the chat template",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +66,7 @@ def build_table(
     dropped = {reason: sum(chunk.dropped.get(reason, 0) for chunk in chunks) for reason in reasons}
     lengths = np.concatenate([chunk.lengths for chunk in chunks])
     if not len(lengths):
-        why = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
+        why = ", ".join(f"{count} {WHY_NONE_LEFT[reason]}" for reason, count in dropped.items() if count)
         raise UserError("no-document-left", split=split, rows=len(rows), max_length=config.max_length, dropped=why)
     loss_mask = np.concatenate([chunk.loss_mask for chunk in chunks])
     packs = pack_documents(lengths, config.max_length) if config.packing and split == "train" else None
@@ -156,7 +162,8 @@ def split_rows(
     if max_eval_rows is not None:
         count = min(count, max_eval_rows)
     if count >= len(rows):
-        raise UserError("eval-split-takes-all", eval_split=eval_split, held_out=count, rows=len(rows))
+        told = int(eval_split) if eval_split >= 1 else eval_split
+        raise UserError("eval-split-takes-all", eval_split=told, held_out=count, rows=len(rows))
     # argsort of raw bits, since numpy keeps a bit generator's stream over versions but not `permutation`.
     held_out = set(np.argsort(np.random.Philox(seed).random_raw(len(rows)), kind="stable")[:count].tolist())
     train = [row for index, row in enumerate(rows) if index not in held_out]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PICKLED_FILE = "adapter_model.bin"
 # What PiSSA or LoftQ took out of the base, in the folder of the base without it.
 START_FILE = "adapter_start.safetensors"
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -56,6 +57,7 @@ def attach_adapter(
     lora.base_model_name_or_path = model.name_or_path
     lora.revision = None if config.path is None and config.changes_base else base_revision
     _check_module_names(model, lora, config.path)
+    not_linear = _targets_without_weights(model, lora)
     global_state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -64,6 +66,9 @@ def attach_adapter(
         if config.path is None and config.init_lora_weights == "orthogonal":
             _init_orthogonal(adapted)
     except ValueError as error:
+        if not_linear:
+            field = f"{_place(config.path)}target_modules"
+            raise UserError("adapter-target-not-linear", field=field, name=not_linear[0]) from error
         raise UserError("adapter-refused", field=origin, reason=error) from error
     finally:
         torch.default_generator.set_state(global_state)
@@ -157,14 +162,26 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, torch.Tensor], sour
         if name not in parameters:
             raise UserError("adapter-weight-unknown", source=source, name=name)
         wanted, found = list(parameters[name].shape), list(tensor.shape)
+        if _differ_in_rank_alone(name, found, wanted):
+            rank = 0 if ".lora_A." in name else 1
+            raise UserError("adapter-rank-differs", source=source, name=name, found=found[rank], wanted=wanted[rank])
         if wanted != found:
             raise UserError("adapter-weight-shape", source=source, name=name, found=found, wanted=wanted)
     missing = [name for name in parameters if name not in state]
     if missing:
-        raise UserError("adapter-weights-missing", source=source, weights=and_more(missing), count=len(parameters))
+        raise UserError(
+            "adapter-weights-missing", source=source, weights=and_more(missing), missing=len(missing),
+            count=len(parameters),
+        )  # fmt: skip
     with torch.no_grad():
         for name, tensor in state.items():
             parameters[name].copy_(tensor)
+
+
+def _differ_in_rank_alone(name: str, found: list[int], wanted: list[int]) -> bool:
+    if len(found) != 2 or found == wanted:
+        return False
+    return (".lora_A." in name and found[1] == wanted[1]) or (".lora_B." in name and found[0] == wanted[0])
 
 
 def adapter_config_json(model: nn.Module) -> bytes:
@@ -269,8 +286,16 @@ def _read_adapter_folder(folder: Path) -> tuple["LoraConfig", dict[str, torch.Te
 def _read_adapter_config(folder: Path) -> "LoraConfig":
     from peft import LoraConfig
 
+    if not folder.is_dir():
+        if folder.exists():
+            raise UserError("adapter-is-a-file", folder=folder)
+        raise UserError("adapter-missing", folder=folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
+            if name == CONFIG_FILE and (folder / "config.json").is_file():
+                raise UserError("adapter-is-a-model", folder=folder)
+            if name == WEIGHTS_FILE and (folder / PICKLED_FILE).is_file():
+                raise UserError("adapter-pickled", folder=folder, file=PICKLED_FILE)
             raise UserError("adapter-file-missing", folder=folder, name=name)
     try:
         fields: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
@@ -297,7 +322,7 @@ def _read_adapter_config(folder: Path) -> "LoraConfig":
 
 
 def _check_module_names(model: nn.Module, lora: "LoraConfig", folder: Path | None) -> None:
-    settings = "adapter." if folder is None else f"adapter.path: {folder / CONFIG_FILE}: "
+    settings = _place(folder)
     names = [name for name, _ in model.named_modules() if name]
     targets = lora.target_modules
     if isinstance(targets, str) and targets != "all-linear":
@@ -314,6 +339,8 @@ def _check_module_names(model: nn.Module, lora: "LoraConfig", folder: Path | Non
                 pattern=targets,
                 nearest=_nearest(targets, names),
             )
+    if targets is not None and not targets and not lora.modules_to_save:
+        raise UserError("adapter-targets-empty", field=f"{settings}target_modules")
     listed = [] if targets is None or isinstance(targets, str) else sorted(targets)
     for field, wanted in (("target_modules", listed), ("modules_to_save", lora.modules_to_save or [])):
         for name in wanted:
@@ -347,6 +374,28 @@ def _check_module_names(model: nn.Module, lora: "LoraConfig", folder: Path | Non
             getattr(p, "quant_state", None) is not None for p in module.parameters()
         ):
             raise UserError("saved-module-quantised", field=f"{settings}modules_to_save", name=name)
+
+
+def _place(folder: Path | None) -> str:
+    """What stands before the name of an adapter's setting in a sentence."""
+    return "adapter." if folder is None else f"adapter.path: {folder / CONFIG_FILE}: "
+
+
+def _targets_without_weights(model: nn.Module, lora: "LoraConfig") -> list[str]:
+    """The modules that are targets by name and have no weight matrix, such as activations and whole blocks."""
+    targets = lora.target_modules
+    if targets is None or targets == "all-linear":
+        return []
+    return [
+        name
+        for name, module in model.named_modules()
+        if (
+            re.fullmatch(targets, name)
+            if isinstance(targets, str)
+            else any(name == target or name.endswith("." + target) for target in targets)
+        )
+        and getattr(getattr(module, "weight", None), "ndim", 0) < 2
+    ]
 
 
 def _nearest(wanted: str, names: list[str]) -> str:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What holds a vocabulary, in every family's naming.
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt")
 
 
 def compute_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -55,8 +57,12 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
     try:
         with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError("tokenizer-missing", folder=folder, reason=error) from error
+    except ImportError as error:
+        raise UserError("tokenizer-needs-package", folder=folder, reason=error) from error
+    except (OSError, ValueError) as error:
+        if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+            raise UserError("tokenizer-missing", folder=folder) from error
+        raise UserError("tokenizer-damaged", folder=folder, reason=error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token_id is None:
@@ -179,7 +185,7 @@ def _through_cache(
             "adapter_init": init_settings(adapter),
         }
         if not holds_anything(cache):
-            with folder_lock(cache):
+            with folder_lock(cache, "model.cache_quantized"):
                 if not holds_anything(cache):
                     model = _write_cache(config, folder, device, dtype, adapter, settings)
                     if not placement.splits_work:

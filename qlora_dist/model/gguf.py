@@ -75,7 +75,7 @@ def convert_gguf(gguf_file: Path, folder: Path, checksum: str | None = None) -> 
     try:
         reader = gguf.GGUFReader(gguf_file)
     except (ValueError, IndexError) as error:
-        raise UserError("gguf-damaged", file=gguf_file, reason=error) from error
+        raise UserError("gguf-damaged", file=gguf_file) from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
     if "general.architecture" not in fields or "tokenizer.ggml.tokens" not in fields:
         raise UserError("gguf-without-model", file=gguf_file)

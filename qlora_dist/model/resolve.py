@@ -1,6 +1,7 @@
 """From `model.name` to a folder with config, tokenizer and safetensors weights."""
 
 import json
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ def resolve_base(config: ModelConfig) -> Path:
         UserError: it is absent, gated, incomplete, no causal language model, has pickled weights only, or needs
             its own Python code while `model.trust_remote_code` is false.
     """
+    if "://" in config.name:
+        raise UserError("model-is-url", name=config.name)
     local = Path(config.name).expanduser()
     if config.name.startswith(SYNTHETIC_PREFIX):
         folder = synthetic_folder(config.name.removeprefix(SYNTHETIC_PREFIX))
@@ -99,7 +102,8 @@ def _check_settings(folder: Path) -> None:
         with quiet_libraries():
             AutoConfig.from_pretrained(folder)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+        # transformers ends a longer text with the exception behind it: its class, then what it says.
+        reason = re.sub(r"^\w*Error: ", "", str(error).strip().splitlines()[-1].strip()).rstrip(".")
         raise UserError("model-config-refused", file=folder / "config.json", reason=reason) from error
 
 
@@ -109,6 +113,8 @@ def _check_architecture(folder: Path, config: dict[str, Any], trust_remote_code:
 
     model_type, own_code = config.get("model_type"), config.get("auto_map") or {}
     if model_type not in CONFIG_MAPPING_NAMES:
+        if not own_code and model_type is None:
+            raise UserError("model-type-missing", file=folder / "config.json")
         if not own_code:
             raise UserError("model-type-unknown", folder=folder, model_type=model_type)
         if not trust_remote_code:

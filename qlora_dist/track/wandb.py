@@ -37,6 +37,8 @@ class WandbSink:
 
         self._wandb, self._config, self._run_id, self._tell = wandb, config, run_id, tell
         self._mode, self._root = choose_mode(config.track.wandb), run_dir
+        if config.track.wandb == "online" and not has_key():
+            self._tell("no W&B key found (WANDB_API_KEY or `wandb login`), so the run is kept in an offline folder")
         if self._mode == "online":
             try:
                 self._run = self._init("online")

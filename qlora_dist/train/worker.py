@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 from torch import nn
 
 from qlora_dist.checkpoint.format import STATE, DamagedCheckpoint, Snapshot, read_snapshot
@@ -151,7 +152,7 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
     identity = agree(worker, run_identity(config, folder, train_table, adapter_settings) if lead else None)
     progress = Progress(loss_scale=LossScale.for_dtype(dtype))
     if resume_from is not None:
-        progress = resume(Path(resume_from), strategy, identity)
+        progress = resume(Path(resume_from), strategy, identity, config.train.optim)
         if progress.loss_scale.enabled != (dtype == torch.float16):
             progress.loss_scale = LossScale.for_dtype(dtype)
             note("notice", f"the checkpoint was made in another precision; loss scaling starts anew for {dtype}")
@@ -254,11 +255,14 @@ def _sorted(value: Any) -> Any:
     return sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
 
 
-def resume(checkpoint: Path, strategy: Strategy, identity: dict[str, Any]) -> Progress:
+def resume(checkpoint: Path, strategy: Strategy, identity: dict[str, Any], optim: str | None = None) -> Progress:
     """Load a checkpoint into the strategy.
 
+    Args:
+        optim: this run's `train.optim`; None leaves it to the state's format whether it fits.
+
     Raises:
-        UserError: it was made with another base, other data, or another global order; or it is damaged.
+        UserError: it was made with another base, other data, another optimizer or global order; or it is damaged.
     """
     try:
         snapshot: Snapshot = read_snapshot(checkpoint)
@@ -269,12 +273,22 @@ def resume(checkpoint: Path, strategy: Strategy, identity: dict[str, Any]) -> Pr
     saved = snapshot.state["identity"]
     for name, value in identity.items():
         if saved.get(name) != value:
+            if name == "data.train":
+                raise UserError("checkpoint-data-differs", checkpoint=checkpoint)
             if len(str(value)) > 40:  # a checksum, which says nothing to a person
                 raise UserError("checkpoint-content-differs", checkpoint=checkpoint, setting=name)
             was = saved.get(name)
             raise UserError("checkpoint-value-differs", checkpoint=checkpoint, setting=name, saved=was, value=value)
+    match yaml.safe_load(snapshot.config_yaml):
+        # Paged or not, the state is the same.
+        case {"train": {"optim": str(made_with)}} if optim and _unpaged(made_with) != _unpaged(optim):
+            raise UserError("optimizer-differs", checkpoint=checkpoint, saved=made_with, optim=optim)
     strategy.load_full_state(FullState(snapshot.adapter, snapshot.optimizer, snapshot.optimizer_scalars))
     return Progress.from_dict(snapshot.state["progress"])
+
+
+def _unpaged(optim: str) -> str:
+    return optim.removeprefix("paged_")
 
 
 def finish(loop: Loop, worker: Worker, tokenizer: Any, generation: int) -> None:

@@ -114,7 +114,7 @@ def test_a_path_that_is_no_good_checkpoint_is_a_user_error(tmp_path: Path) -> No
     open_run(run, "")
     only = put(other, 1, 10)
     for path, sentence in [
-        (tmp_path / "absent", "is not a folder"),
+        (tmp_path / "absent", "does not exist"),
         (only / "state.json", "is not a folder"),
         (tmp_path, "neither a checkpoint"),
         (run, "has no good checkpoint"),

@@ -5,20 +5,24 @@ from qlora_dist.config.catalogue.entry import Mendable
 # `field` is the setting, of the run's config or of the adapter folder's adapter_config.json.
 ADAPTER: dict[str, Mendable] = {
     "adapter-refused": Mendable("{field}: PEFT refuses these settings ({reason})", "correct them"),
+    "adapter-targets-empty": Mendable("{field} is empty", "name modules, or set it to all-linear"),
+    "adapter-target-not-linear": Mendable(
+        "{field}: {name} is no linear layer", "take it out of adapter.target_modules"
+    ),
     "target-not-a-pattern": Mendable(
-        "{field} {pattern!r} is no valid pattern ({reason})", "mend it, or list the modules' names"
+        "{field} '{pattern}' is no valid pattern ({reason})", "mend it, or list the modules' names"
     ),
     "target-without-match": Mendable(
-        "{field} {pattern!r} matches no module in full", "write one that does: nearest are {nearest}"
+        "{field} '{pattern}' matches no module in full", "write one that does: nearest are {nearest}"
     ),
     "adapter-module-unknown": Mendable(
         "{field} names {name!r}, which the base lacks", "use a name that it has: nearest are {nearest}"
     ),
     "adapter-key-not-a-pattern": Mendable(
-        "{field} names {pattern!r}, no valid pattern ({reason})", "mend it, or give the name of a module"
+        "{field} names '{pattern}', no valid pattern ({reason})", "mend it, or give the name of a module"
     ),
     "adapter-key-without-match": Mendable(
-        "{field} names {pattern!r}, which matches no module", "write one that does: nearest are {nearest}"
+        "{field} names '{pattern}', which matches no module", "write one that does: nearest are {nearest}"
     ),
     "adapter-layer-unknown": Mendable(
         "{field} names layer {layer}, but the base has {layers}, counted from 0", "give numbers up to {last}"
@@ -46,12 +50,20 @@ ADAPTER: dict[str, Mendable] = {
         "model.cache_quantized: {file} is not the start of this adapter",
         "delete the folder {folder}, it will be made again",
     ),
+    "adapter-missing": Mendable("adapter.path: there is no folder {folder}", "give a PEFT adapter folder"),
+    "adapter-is-a-file": Mendable("adapter.path: {folder} is a file", "give a PEFT adapter folder"),
+    "adapter-is-a-model": Mendable("adapter.path: {folder} is a model", "put it in model.name"),
+    "adapter-pickled": Mendable(
+        "adapter.path: {folder} has its weights in {file} only, a format that can run code when it is read",
+        'convert it: python -c "import torch, safetensors.torch as s; '
+        "s.save_file(torch.load('{folder}/{file}', weights_only=True), '{folder}/adapter_model.safetensors')\"",
+    ),
     "adapter-file-missing": Mendable(
         "adapter.path: {folder} has no {name}", "give a PEFT adapter folder with safetensors weights"
     ),
     "adapter-file-damaged": Mendable("adapter.path: {file} is damaged ({reason})", "fetch it again"),
     "adapter-config-not-an-object": Mendable("adapter.path: {file} is no adapter's configuration", "fetch it again"),
-    "adapter-setting-no-number": Mendable("adapter.path: {file} has a {key} that is no number", "fetch it again"),
+    "adapter-setting-no-number": Mendable("adapter.path: {file}: its {key} is no number", "fetch it again"),
     "adapter-not-lora": Mendable(
         "adapter.path: {folder} is of type {type}", "give a LoRA adapter, or leave it out to train a new one"
     ),
@@ -75,9 +87,12 @@ ADAPTER: dict[str, Mendable] = {
         "{source} has {name} of shape {found} where this model needs {wanted}",
         "use the base model it was trained on and the same adapter settings (r, target_modules)",
     ),
-    "adapter-weights-missing": Mendable(
-        "{source} lacks {weights} of {count} weights", "use the same base model and adapter settings"
+    "adapter-rank-differs": Mendable(
+        "{source}: its adapter_config.json and its weights do not belong together ({name} has rank {found}, not "
+        "{wanted})",
+        "fetch both again",
     ),
+    "adapter-weights-missing": Mendable("{source} lacks {weights} ({missing} of {count} weights)", "fetch it again"),
     "adapter-inactive": Mendable(
         "adapter: none is active on the model (none attached, disabled or merged), so the run would train nothing",
         "check adapter.target_modules",

@@ -7,6 +7,10 @@ CHECKPOINT: dict[str, Mendable] = {
         "resume: none, but output_dir {run_dir} holds the checkpoint {checkpoint}",
         "choose another output_dir, or resume=auto to go on from it",
     ),
+    "resume-missing": Mendable(
+        "resume: {path} does not exist",
+        "give a checkpoint folder, a run folder, `auto` or `none`",
+    ),
     "resume-no-folder": Mendable(
         "resume: {path} is not a folder",
         "give a checkpoint folder, a run folder, `auto` or `none`",
@@ -18,6 +22,10 @@ CHECKPOINT: dict[str, Mendable] = {
     "resume-no-checkpoint": Mendable(
         "resume: {path} is neither a checkpoint (it has no {manifest}) nor a run folder",
         "give one of these, or set adapter.path to start from a PEFT adapter",
+    ),
+    "checkpoints-all-damaged": Mendable(
+        "output_dir {run_dir}: none of its checkpoints is whole ({checkpoints})",
+        "restore one of them, or remove them to start anew",
     ),
     "checkpoint-damaged": Mendable(
         "resume: the checkpoint {path} is damaged ({problems})",
@@ -32,13 +40,22 @@ CHECKPOINT: dict[str, Mendable] = {
         "{checkpoint} was made with a different {setting} (other content), so this run cannot go on from it",
         "put {setting} back as it was, or choose another output_dir",
     ),
+    "checkpoint-data-differs": Mendable(
+        "{checkpoint} was made with a different data.train (other rows, or another data.max_rows, data.filter, "
+        "data.chat_template or data.max_length), so this run cannot go on from it",
+        "put data.train and these settings back as they were, or choose another output_dir",
+    ),
+    "optimizer-differs": Mendable(
+        "{checkpoint} was made with train.optim={saved} and this run has {optim}, so it cannot go on from it",
+        "set train.optim={saved}, or choose another output_dir",
+    ),
     "optimizer-state-extra": Mendable(
         "the checkpoint holds optimizer state of {name}, which this adapter does not train",
         "resume with the adapter settings of the checkpoint's config.yaml, or choose another output_dir",
     ),
     "optimizer-state-format": Mendable(
-        "the checkpoint's optimizer state of {name} has another format",
-        "set train.optim to what the checkpoint's config.yaml says, or choose another output_dir",
+        "the checkpoint's optimizer state of {name} is not whole",
+        "give another checkpoint in resume, or choose another output_dir",
     ),
     "storage-full": Mendable(
         "output_dir {folder}: no space left to write ({error})",

@@ -19,9 +19,21 @@ CONFIGURATION: dict[str, Mendable] = {
         "{path} cannot be read ({error})",
         "make it a UTF-8 text file that you may read",
     ),
+    "config-not-utf8": Mendable(
+        "{path}, line {line} is not UTF-8",
+        "save the file as UTF-8",
+    ),
     "config-not-yaml": Mendable(
         "{where}: {problem}",
         "mend the YAML there, or put quotes around what is text",
+    ),
+    "config-tag": Mendable(
+        "{where}: the tag {tag} is not read",
+        "remove it",
+    ),
+    "config-key-no-name": Mendable(
+        "{where}: a list or mapping cannot be a key",
+        "write a setting's name there",
     ),
     "config-key-twice": Mendable(
         "{where}: the key {key!r} is written twice",
@@ -35,6 +47,10 @@ CONFIGURATION: dict[str, Mendable] = {
         "{override!r} is no override",
         "write section.field=value, such as train.max_steps=50",
     ),
+    "override-not-yaml": Mendable(
+        "{override!r}: {problem}",
+        "quote the value where it is text, or the whole override where your shell has split it",
+    ),
     "override-into-value": Mendable(
         "{override!r}: {setting} is a value, not a section",
         "name a field of a section, or set {setting} itself",
@@ -47,12 +63,16 @@ CONFIGURATION: dict[str, Mendable] = {
         "{setting} is not a setting ({where})",
         "the settings there are {settings}",
     ),
+    "setting-is-secret": Mendable(
+        "{setting} is not a setting, and no secrets belong in the configuration ({where})",
+        "remove it and set HF_TOKEN, WANDB_API_KEY or AWS_SECRET_ACCESS_KEY in the environment",
+    ),
     "setting-missing": Mendable(
         "{setting} is missing ({where})",
         "add it",
     ),
     "setting-is-section": Mendable(
-        "{setting} is a section ({where})",
+        "{setting} is {given}, but it is a section ({where})",
         "write its fields below it, each on a line of its own",
     ),
     "setting-value": Mendable(
@@ -60,8 +80,7 @@ CONFIGURATION: dict[str, Mendable] = {
         "it must be {demand}",
     ),
     "cache-not-writable": Mendable(
-        "{folder} cannot be written ({error})",
-        "choose another folder (QLORA_DIST_CACHE for converted models and tokens, data.cache_dir for tokens alone, "
-        "model.cache_quantized for the quantised base)",
+        "{setting}: {folder} cannot be written ({error})",
+        "set {setting} to a folder that you may write",
     ),
 }

@@ -84,7 +84,7 @@ CONTRADICTIONS: dict[str, Mendable] = {
     ),
     "strategy-for-one-worker": Mendable(
         "shard.strategy is none but launch.num_workers is {workers}",
-        "set shard.strategy to ddp or auto, or launch.num_workers to 1",
+        "set shard.strategy to auto, ddp, fsdp, hybrid, zero2 or zero3, or launch.num_workers to 1",
     ),
     "backend-for-one-worker": Mendable(
         "launch.backend is none but launch.num_workers is {workers}",

@@ -36,7 +36,8 @@ ROWS: dict[str, Mendable] = {
         "mend the row or name another format in data.format",
     ),
     "row-lacks-column": Mendable(
-        "{place} lacks the column `{column}` that data.fields.{field} names (columns: {columns})", "mend either"
+        "{place} lacks the column `{column}` that data.fields.{field} names (columns: {columns})",
+        "name one of its columns there, or add the column to the row",
     ),
     "prompt-completion-kinds": Mendable(
         "{place}: prompt and completion differ in kind", "make both strings or both message lists"
@@ -170,7 +171,8 @@ SELECTION: dict[str, Mendable] = {
         "data.eval_split={eval_split} is neither a share below 1 nor a whole number of rows", "make it one of them"
     ),
     "eval-split-takes-all": Mendable(
-        "data.eval_split={eval_split} holds out {held_out} of {rows} rows and leaves none to train on", "lower it"
+        "data.eval_split={eval_split} holds out {held_out} of {rows} rows and leaves none to train on",
+        "set it to fewer rows than there are, or to a share such as 0.1",
     ),
 }
 

@@ -3,6 +3,13 @@
 from qlora_dist.config.catalogue.entry import Mendable
 
 NAMES: dict[str, Mendable] = {
+    "model-name-empty": Mendable(
+        "model.name is empty", "give a folder, a hub id, a .gguf file, package:NAME or synthetic:NAME"
+    ),
+    "model-is-url": Mendable(
+        "model.name: {name} is a URL",
+        "give the hub id OWNER/NAME and set HF_TOKEN where it is private, or download it and give the folder",
+    ),
     "model-missing": Mendable(
         "model.name: there is no {kind} {name}", "give a folder, a hub id, a .gguf file, package:NAME or synthetic:NAME"
     ),
@@ -27,7 +34,10 @@ NAMES: dict[str, Mendable] = {
     "hub-model-gated": Mendable(
         "model.name: {name} is gated", "accept its terms on the hub, then set HF_TOKEN to a token of yours"
     ),
-    "hub-model-revision": Mendable("model.revision: {name} has no revision {revision}", "correct it"),
+    "hub-model-revision": Mendable(
+        "model.revision: {name} has no revision {revision}",
+        "set it to a branch, tag or commit that there is, or leave it out",
+    ),
     "hub-model-token": Mendable(
         "model.name: the hub refuses the token that was sent with the request for {name}",
         "set HF_TOKEN to a valid one, or run `hf auth login` again",
@@ -55,7 +65,12 @@ FOLDERS: dict[str, Mendable] = {
     ),
     "model-config-not-json": Mendable("{file} is no valid JSON ({reason})", "fetch it again"),
     "model-config-not-an-object": Mendable("{file} is no model's configuration", "fetch it again"),
-    "model-config-refused": Mendable("{file} is refused by transformers ({reason})", "fetch it again"),
+    "model-config-refused": Mendable(
+        "{file} is refused by transformers ({reason})", "undo your edit of it or fetch it again"
+    ),
+    "model-type-missing": Mendable(
+        "model.name: {file} names no model_type, so it is no whole model folder", "fetch it again"
+    ),
     "model-type-unknown": Mendable(
         "model.name: {folder} has model_type {model_type!r}, which the installed transformers does not know",
         "upgrade transformers or choose another model",
@@ -92,14 +107,20 @@ FOLDERS: dict[str, Mendable] = {
     "weight-shape": Mendable(
         "model.name: {folder} has {name} of shape {found} where its config.json says {wanted}", "fetch the model again"
     ),
-    "tokenizer-missing": Mendable("{folder} has no tokenizer that loads ({reason})", "add its tokenizer files"),
+    "tokenizer-missing": Mendable(
+        "{folder} has no tokenizer files", "copy tokenizer.json and tokenizer_config.json from the original model"
+    ),
+    "tokenizer-needs-package": Mendable(
+        "{folder} has a tokenizer that needs a package which is not installed ({reason})", "install it"
+    ),
+    "tokenizer-damaged": Mendable("{folder}: its tokenizer files are damaged ({reason})", "fetch them again"),
     "tokenizer-without-pad": Mendable(
         "{folder}/tokenizer_config.json names no pad, unk or eos token", "set pad_token in it"
     ),
 }
 
 GGUF: dict[str, Mendable] = {
-    "gguf-damaged": Mendable("{file} is cut short or no GGUF file ({reason})", "install or fetch it again"),
+    "gguf-damaged": Mendable("{file} is cut short or no GGUF file", "fetch it again"),
     "gguf-without-model": Mendable("{file} holds no language model with its tokenizer", "use another file"),
     "gguf-tensor-unknown": Mendable(
         "model.name: the GGUF file has a tensor {tensor}, which a plain Llama lacks",

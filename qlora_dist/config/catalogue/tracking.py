@@ -13,7 +13,7 @@ TRACKING: dict[str, Mendable] = {
     ),
     "metrics-damaged": Mendable(
         "{file}, line {line} is damaged",
-        "remove that line",
+        "remove that line, then run the same command again",
     ),
     "report-not-writable": Mendable(
         "the report cannot be written ({error})",

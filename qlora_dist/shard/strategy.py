@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.shard.frozen import Shards
 
@@ -68,13 +69,30 @@ class Strategy(Protocol):
 
 
 def base_shards(config: RunConfig, world_size: int, local_world_size: int) -> int:
-    """Over how many workers one copy of the base is spread; neighbouring ranks hold it together, in their order."""
-    shard = config.shard
-    if config.strategy == "zero3" or (config.strategy == "fsdp" and shard.frozen != "replicate"):
+    """Over how many workers one copy of the base is spread; neighbouring ranks hold it together, in their order.
+
+    Raises:
+        UserError: see `workers_of_a_copy`.
+    """
+    if config.strategy in ("fsdp", "hybrid") and config.shard.frozen == "replicate":
+        return 1
+    return workers_of_a_copy(config, world_size, local_world_size)
+
+
+def workers_of_a_copy(config: RunConfig, world_size: int, local_world_size: int) -> int:
+    """Over how many workers one copy of whatever a strategy shards is spread.
+
+    Raises:
+        UserError: the workers cannot form groups of that size.
+    """
+    if config.strategy in ("fsdp", "zero3"):
         return world_size
-    if config.strategy == "hybrid" and shard.frozen != "replicate":
-        return shard.hybrid_shard_size or local_world_size
-    return 1
+    if config.strategy != "hybrid":
+        return 1
+    size = config.shard.hybrid_shard_size or local_world_size
+    if world_size % size:
+        raise UserError("hybrid-uneven", workers=world_size, size=size)
+    return size
 
 
 def make_strategy(config: RunConfig, world_size: int, local_world_size: int, loaded: Shards | None = None) -> Strategy:
@@ -97,7 +115,7 @@ def make_strategy(config: RunConfig, world_size: int, local_world_size: int, loa
             from qlora_dist.shard.fsdp import FullyShard
 
             return FullyShard(
-                world_size if config.strategy == "fsdp" else shard.hybrid_shard_size or local_world_size,
+                workers_of_a_copy(config, world_size, local_world_size),
                 frozen="replicate" if shard.frozen == "replicate" else "shard",
                 reshard_after_forward=shard.reshard_after_forward,
                 prefetch=shard.prefetch_layers,

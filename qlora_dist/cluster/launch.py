@@ -7,10 +7,12 @@ from pathlib import Path
 from qlora_dist.cluster.outcome import Outcome
 from qlora_dist.cluster.output import logs_folder
 from qlora_dist.cluster.process import TRAIN
+from qlora_dist.cluster.second_start import refuse_second_start, starter
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import to_yaml
 from qlora_dist.config.redact import redact
 from qlora_dist.config.schema import RunConfig
+from qlora_dist.coordinate.client import Fenced
 from qlora_dist.coordinate.rundir import open_run
 
 INTERRUPTED = 130
@@ -29,6 +31,8 @@ def launch(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> int:
         outcome = _run(config, run_dir, train_name)
     except UserError as error:
         outcome = Outcome(2, error.message)
+    except Fenced:
+        outcome = Outcome(2, UserError("run-taken-over", who=starter(run_dir)).message)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
@@ -51,6 +55,9 @@ def _run(config: RunConfig, run_dir: Path, train_name: str) -> Outcome:
         from qlora_dist.cluster.torchrun import run_as_worker
 
         return run_as_worker(config, run_dir, train_name)
+    if backend in ("none", "torchrun"):
+        # On Ray the name of the coordinator's actor does this.
+        refuse_second_start(run_dir)
     open_run(run_dir, to_yaml(config))
     if backend == "torchrun":
         from qlora_dist.cluster.torchrun import run_with_torchrun

@@ -31,10 +31,11 @@ from qlora_dist.cluster.network import address_towards, interface_settings
 from qlora_dist.cluster.outcome import Outcome, read_outcome
 from qlora_dist.cluster.output import next_attempt, rank_log
 from qlora_dist.cluster.process import TRAIN, choose_device, environment, import_function
+from qlora_dist.cluster.second_start import refuse_second_start
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import to_yaml
 from qlora_dist.config.schema import RunConfig
-from qlora_dist.coordinate.client import CoordinatorClient, DirectClient, HttpClient
+from qlora_dist.coordinate.client import CoordinatorClient, DirectClient, Fenced, HttpClient
 from qlora_dist.coordinate.rundir import open_run
 from qlora_dist.coordinate.service import CoordinatorService
 from qlora_dist.coordinate.state import Coordinator
@@ -44,6 +45,8 @@ KEY_VARIABLE = "QLORA_DIST_KEY"
 # The run folder's config.yaml has no secrets, so the workers get the configuration from the launcher.
 CONFIG_VARIABLE = "QLORA_DIST_CONFIG"
 LINGER_S = 10.0
+# How a worker of ours ends whose attempt is over; a restart of it would take the living one's place.
+FENCED = 3
 
 
 def run_with_torchrun(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> Outcome:
@@ -106,6 +109,8 @@ def _run_attempt(config: RunConfig, run_dir: Path, client: CoordinatorClient, tr
         try:
             elastic_launch(agent, sys.executable)(*entry)
         except ChildFailedError as error:
+            if any(failure.exitcode == FENCED for failure in error.failures.values()):
+                raise Fenced("another start of this run has taken its place") from error
             return _explain(error, client)
         except SignalException as error:
             raise KeyboardInterrupt from error
@@ -223,6 +228,8 @@ def _host_coordinator(
     config: RunConfig, run_dir: Path, store: Store | None, world_size: int
 ) -> Iterator[tuple[CoordinatorClient, str]]:
     """On rank 0: the coordinator, its service for the other ranks, and time for them to leave before it ends."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        refuse_second_start(run_dir)
     info = open_run(run_dir, to_yaml(config))
     coordinator = Coordinator(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
     client = DirectClient(coordinator)

@@ -9,10 +9,10 @@ from pathlib import Path
 from qlora_dist.cluster.address_file import read_address
 from qlora_dist.cluster.output import rank_log, send_output_to
 from qlora_dist.cluster.process import choose_device, import_function
-from qlora_dist.cluster.torchrun import CONFIG_VARIABLE, KEY_VARIABLE
+from qlora_dist.cluster.torchrun import CONFIG_VARIABLE, FENCED, KEY_VARIABLE
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import RunConfig
-from qlora_dist.coordinate.client import HttpClient
+from qlora_dist.coordinate.client import Fenced, HttpClient
 from qlora_dist.coordinate.rundir import read_run
 from qlora_dist.train.context import Worker
 
@@ -26,7 +26,12 @@ def main(run_dir: Path, attempt: int, train_name: str) -> int:
     if rank != 0:
         send_output_to(rank_log(run_dir, attempt, rank))
     config = RunConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
-    url, token = read_address(run_dir, os.environ[KEY_VARIABLE], config.launch.start_timeout_s)
+    try:
+        url, token = read_address(run_dir, os.environ[KEY_VARIABLE], config.launch.start_timeout_s)
+    except UserError as error:
+        # Without the address there is no coordinator to tell.
+        print(f"error: {error.message}", file=sys.stderr)
+        return 2
     client = HttpClient(url, token)
     try:
         worker = Worker(
@@ -41,6 +46,8 @@ def main(run_dir: Path, attempt: int, train_name: str) -> int:
         import_function(train_name)(config, worker)
     except UserError as error:
         client.call("fail", generation=None, rank=rank, kind="user", message=error.message)
+    except Fenced:
+        return FENCED
     # Anything but 0 makes torch's agent end the other ranks, which may not have noticed yet.
     return 2 if client.call("outcome")["kind"] == "user" else 0
 

@@ -53,9 +53,7 @@ def test_only_the_right_token_is_obeyed(service: CoordinatorService, tmp_path: P
 def test_what_a_person_can_mend_arrives_as_it_was_raised(service: CoordinatorService, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").write_text("")
-    with pytest.raises(
-        UserError, match=r"^output_dir .*/run: .*events.jsonl\.lock is a file where .*; remove it"
-    ) as told:
+    with pytest.raises(UserError, match=r"^output_dir .*/run: .*/run is a file where .*; remove it") as told:
         HttpClient(service.url, TOKEN).call("request_stop", reason="enough")
     assert told.value.code == "run-folder-is-file"
     assert told.value.facts["folder"] == str(tmp_path / "run")

@@ -74,6 +74,14 @@ LAUNCHING: dict[str, Mendable] = {
         "the run in {run_dir} is already running on this Ray cluster",
         "wait for it, stop that job, or choose another output_dir",
     ),
+    "run-already-alive": Mendable(
+        "the run in {run_dir} is already running ({who})",
+        "wait for it, stop that process, or choose another output_dir",
+    ),
+    "run-taken-over": Mendable(
+        "another start of this run ({who}) has taken its place",
+        "wait for it or choose another output_dir",
+    ),
     "coordinator-address-form": Mendable(
         "the coordinator's address {url!r} is not of the form http://HOST:PORT",
         "give the address that the coordinator printed when it started",

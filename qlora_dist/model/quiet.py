@@ -32,6 +32,7 @@ def quiet_libraries() -> Iterator[None]:
     """No progress bars and no known chatter from transformers, peft and bitsandbytes inside the block."""
     from transformers.utils import logging as transformers_logging
 
+    mute_known_chatter()
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

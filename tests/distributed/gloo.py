@@ -1,5 +1,6 @@
 """Functions run in real processes of one process group, without a training run around them."""
 
+import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
@@ -19,7 +20,9 @@ def in_group(
     """What the module-level `function(rank, *arguments)` returns on each rank; raises what it raises, as text."""
     with TemporaryDirectory() as folder:
         plan = (world_size, backend, free_port(), Path(folder), dict(os.environ), function, arguments)
-        processes = [CONTEXT.Process(target=_child, args=(rank, *plan)) for rank in range(world_size)]
+        # What is imported may have opened the GPUs, which a fork cannot share.
+        context = CONTEXT if backend == "gloo" else multiprocessing.get_context("spawn")
+        processes = [context.Process(target=_child, args=(rank, *plan)) for rank in range(world_size)]
         try:
             for process in processes:
                 process.start()

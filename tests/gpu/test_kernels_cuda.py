@@ -257,11 +257,11 @@ def time_dequantisation(measure: Measure, patch: pytest.MonkeyPatch) -> None:
     moved = values // 2 + values // 16 + 2 * values
     measure("nf4", moved, lambda: dequantize_4bit_into(weight, packed, single, code, 64))
     moved = values // 2 + values // 64 + 2 * values
-    for warps in (4, 16, 8):
+    for warps, groups in ((4, 1), (4, 2), (8, 2), (8, 4), (16, 1), (8, 1)):
         patch.setattr(nf4, "WARPS", warps)
-        patch.setattr(nf4, "GROUPS", 32 * warps)
+        patch.setattr(nf4, "GROUPS", 32 * warps * groups)
         run = lambda: dequantize_4bit_into(weight, packed, absmax, code, 64, nested)  # noqa: E731
-        measure(f"nf4 nested, {warps} warps", moved, run)
+        measure(f"nf4 nested, {warps} warps x {groups}", moved, run)
 
 
 def time_norms_and_rotation(measure: Measure) -> None:

@@ -18,8 +18,10 @@ STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp": (2, {}),
     "fsdp": (2, {}),
     "hybrid": (4, {"hybrid_shard_size": 2}),
+    "zero2": (2, {}),
+    "zero3": (2, {}),
 }
-RESUMABLE = ("ddp", "fsdp")
+RESUMABLE = ("ddp", "fsdp", "zero2", "zero3")
 LEARNING_RATE = {"sgd": 0.1, "adamw_torch": 1e-3, "adamw_8bit": 1e-3}
 
 

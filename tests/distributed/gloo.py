@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,14 +16,17 @@ from tests.distributed.group import CONTEXT, free_port
 
 
 def in_group(
-    world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 240, backend: str = "gloo"
-) -> list[Any]:
+    world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 240, backend: str = "gloo",
+    collective_timeout_s: float = 120,
+) -> list[Any]:  # fmt: skip
     """What the module-level `function(rank, *arguments)` returns on each rank; raises what it raises, as text."""
     with TemporaryDirectory() as folder:
-        plan = (world_size, backend, free_port(), Path(folder), dict(os.environ), function, arguments)
+        plan = (world_size, backend, collective_timeout_s, free_port(), Path(folder), dict(os.environ))
         # What is imported may have opened the GPUs, which a fork cannot share.
         context = CONTEXT if backend == "gloo" else multiprocessing.get_context("spawn")
-        processes = [context.Process(target=_child, args=(rank, *plan)) for rank in range(world_size)]
+        processes = [
+            context.Process(target=_child, args=(rank, *plan, function, arguments)) for rank in range(world_size)
+        ]
         try:
             for process in processes:
                 process.start()
@@ -38,12 +42,13 @@ def in_group(
 
 
 def _child(
-    rank: int, world_size: int, backend: str, port: int, folder: Path, environment: dict[str, str],
-    function: Callable[..., Any], arguments: tuple[Any, ...],
+    rank: int, world_size: int, backend: str, collective_timeout_s: float, port: int, folder: Path,
+    environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...],
 ) -> None:  # fmt: skip
     os.environ |= environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group(backend, rank=rank, world_size=world_size)
+    timeout = timedelta(seconds=collective_timeout_s)
+    dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=world_size)
     try:
         outcome = ("", function(rank, *arguments))
     except Exception:

@@ -172,8 +172,9 @@ def slow_and_failing(rank: int, config: RunConfig) -> tuple[list[str], str]:
 
 
 def test_what_one_rank_makes_may_take_longer_than_a_collective(base: Path, tmp_path: Path) -> None:
-    launch = {"backend": "torchrun", "num_workers": 2, "collective_timeout_s": 4}
-    first, second = in_group(2, slow_and_failing, sharded_config(tmp_path, base, launch=launch))
+    launch = {"backend": "torchrun", "num_workers": 2, "collective_timeout_s": 8}
+    config = sharded_config(tmp_path, base, launch=launch)
+    first, second = in_group(2, slow_and_failing, config, collective_timeout_s=8)
     assert first == second
     assert first[0] == ["made by 0", "again by 0"]
     assert "of rank 0" in first[1]

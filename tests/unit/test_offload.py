@@ -1,5 +1,6 @@
 """Offloaded activations and optimizer state change nothing but where they are. What a CPU can show of it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from qlora_dist.model.adapter import attach_adapter, trainable_parameters
 from qlora_dist.model.base import load_base
 from qlora_dist.optim.optimizers import build_optimizer
 from qlora_dist.shard.activations import Away, offload_activations
+from tests.distributed.group import series
+from tests.single import small_config, train_here
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 43)[None]
@@ -107,3 +110,15 @@ def test_stepping_parameter_by_parameter_is_stepping(optim: str) -> None:
             optimizer.step()
     assert all(torch.equal(plain[name], ours[name]) for name in plain)
     assert [len(group["params"]) for group in second.param_groups] == [2, 1]
+
+
+def test_a_run_on_a_cpu_says_that_nothing_moves(tiny_model: Path, tmp_path: Path) -> None:
+    plain = small_config(tmp_path / "plain", tiny_model, train={"max_steps": 2})
+    away = small_config(
+        tmp_path / "away", tiny_model, train={"max_steps": 2}, shard={"offload": ["optimizer", "activations"]}
+    )
+    assert train_here(plain)["state"] == train_here(away)["state"] == "finished"
+    events = [json.loads(line) for line in (away.run_dir / "events.jsonl").read_text().splitlines()]
+    told = [e["message"] for e in events if e["kind"] == "notice" and "shard.offload" in e["message"]]
+    assert sorted(sentence.split()[2] for sentence in told) == ["activations", "adapter"]
+    assert series(away.run_dir, "loss") == series(plain.run_dir, "loss")

@@ -2,7 +2,8 @@
 
     python benchmarks/sharded.py benchmarks/sharded_runs.json --out benchmarks/results/sharded_h200.json
 
-The first argument is a list of runs, each a name and dotted overrides of sharded.yaml; every run is `qlora-dist train`
+The first argument is a list of runs, each a name and dotted overrides of sharded.yaml (SCRATCH in one is a folder that
+lasts as long as the benchmark); every run is `qlora-dist train`
 in its own processes, with random weights of the stated shape. Tokens/s is the median over the steps after the first
 three. The settings of the peer's own benchmark are the default: LoRA r=16 on all linear layers, sequences of 2,048
 tokens, 8-bit AdamW, gradient checkpointing.
@@ -19,9 +20,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
-from benchmarks.synthetic import write_rows
+from benchmarks.synthetic import anonymous_bytes, write_rows
 from qlora_dist.coordinate.report import read_status
 from qlora_dist.track.metrics import read_metrics
 
@@ -39,12 +41,17 @@ def measure(name: str, overrides: list[str], rows: Path, scratch: Path, limit_s:
     result: dict[str, Any] = {"name": name, "overrides": overrides}
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            code = process.wait(timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            code = process.wait()
-    result["seconds"] = time.monotonic() - started
+        gpu_peak, host_peak = 0.0, 0.0
+        while process.poll() is None:
+            if time.monotonic() - started > limit_s:
+                process.terminate()
+                process.wait()
+                break
+            gpu_peak = max(gpu_peak, gpu_used_gib())
+            host_peak = max(host_peak, host_used_gib(process.pid))
+            time.sleep(0.2)
+        code = process.returncode
+    result |= {"seconds": time.monotonic() - started, "nvidia_smi_peak_gib": gpu_peak, "host_peak_gib": host_peak}
     steps = [record for record in read_metrics(run_dir) if "loss" in record] if run_dir.is_dir() else []
     if code or len(steps) <= WARM_UP:
         return result | {"exit_code": code, "log_tail": log.read_text()[-3000:]}
@@ -59,6 +66,22 @@ def measure(name: str, overrides: list[str], rows: Path, scratch: Path, limit_s:
         "losses": [record["loss"] for record in steps],
         "grad_norms": [record["grad_norm"] for record in steps],
     }
+
+
+def gpu_used_gib() -> float:
+    """The fuller GPU's used memory as nvidia-smi shows it, with what CUDA's context and NCCL take."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return max(float(line) for line in shown.split()) / 1024
+
+
+def host_used_gib(pid: int) -> float:
+    """Private and shared bytes of a process and its children, without page cache."""
+    try:
+        family = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    except psutil.NoSuchProcess:
+        return 0.0
+    return sum(anonymous_bytes(member) for member in family) / 2**30
 
 
 def main() -> None:
@@ -81,7 +104,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
         write_rows(rows)
-        for run in json.loads(arguments.runs.read_text()):
+        for run in json.loads(arguments.runs.read_text().replace("SCRATCH", folder)):
             if arguments.only and run["name"] not in arguments.only:
                 continue
             result = measure(run["name"], run["overrides"], rows, Path(folder), arguments.limit_s)

@@ -190,6 +190,9 @@ class TrainConfig(Section):
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0 turns clipping off.")
     gradient_checkpointing: bool = False
+    memory_budget_gib: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="GPU memory a worker may use in all, CUDA's own and NCCL's included; the whole GPU where unset."
+    )
     max_bad_steps: PositiveInt = Field(10, description="Stop after so many non-finite steps in a row.")
     logging_steps: PositiveInt = 1
 

@@ -115,13 +115,16 @@ class FrozenUnit:
                     owner.quant_state = tensor.weight.quant_state  # type: ignore[attr-defined]
         return bytes_B
 
-    def place(self, bytes_B: Tensor) -> None:
+    def place(self, bytes_B: Tensor, container: torch.dtype = torch.uint8) -> None:
         """Register the bytes, whole or for a strategy to shard, as the module's parameter; its tensors become views.
+
+        Args:
+            container: the dtype that the parameter has on the outside.
 
         From here on the modules' forward reads the bytes that the parameter holds then. Nothing of them is kept from
         the forward to the backward: they may be freed and gathered anew between.
         """
-        self.module.register_parameter(BYTES, nn.Parameter(bytes_B, requires_grad=False))
+        self.module.register_parameter(BYTES, nn.Parameter(bytes_B.view(container), requires_grad=False))
         for tensor in self.tensors:
             for owner, name in tensor.owners:
                 del owner._parameters[name]
@@ -133,30 +136,35 @@ class FrozenUnit:
                     with_loss = owner.__dict__.get("with_loss")
                     owner.__dict__["forward"] = forward if with_loss is None else with_loss(forward)
 
-    def bytes_now(self) -> Tensor:
-        """The parameter as it stands: all bytes while the unit is gathered."""
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter as it stands: all bytes while the unit is gathered, in their container."""
         parameter: Tensor = self.module._parameters[BYTES]  # type: ignore[assignment]
         return parameter
 
+    def bytes_now(self) -> Tensor:
+        """The bytes as they stand."""
+        parameter = self.parameter
+        return parameter if parameter.dtype == torch.uint8 else parameter.detach().view(torch.uint8)
+
     def current(self, tensor: FrozenTensor) -> Tensor:
         """The view of `tensor` among the bytes as they stand."""
-        bytes_B = self.bytes_now()
-        if bytes_B is self.seen:
+        if self.parameter is self.seen:
             owner, name = tensor.owners[0]
             view: Tensor = owner.__dict__[name]
             return view
-        return tensor.view(bytes_B)
+        return tensor.view(self.bytes_now())
 
     def set_views(self) -> None:
         """Let the modules' attributes be views of the gathered bytes; for the start of each forward."""
-        bytes_B = self.bytes_now()
-        if bytes_B is self.seen:
+        if self.parameter is self.seen:
             return
+        bytes_B = self.bytes_now()
         for tensor in self.tensors:
             view = tensor.view(bytes_B)
             for owner, name in tensor.owners:
                 owner.__dict__[name] = view
-        self.seen = bytes_B
+        self.seen = self.parameter
 
     def copy_views(self) -> None:
         """As `set_views`, for gathered bytes whose memory lives as long as a view of it: small tensors are copied."""

@@ -22,6 +22,11 @@ from qlora_dist.shard.frozen import BYTES, FrozenUnit
 from qlora_dist.shard.strategy import FullState, OptimizerFactory
 from qlora_dist.shard.units import Unit, base_of, call_through_hooks, find_units
 
+# FSDP2 before torch 2.13 lets no parameter be of integers. fp32 is copied bit for bit where bf16 and fp16 are not:
+# those pass through fp32 on their way and lose the patterns of their NaNs.
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+CONTAINER = torch.uint8 if TORCH >= (2, 13) else torch.float32
+
 
 class ShardedUnit:
     """A unit under FSDP: its frozen bytes, its flat adapter parameter, and this rank's part of the optimizer."""
@@ -131,9 +136,9 @@ class FullyShard:
         if not frozen.tensors:
             frozen = None
         elif shard is not None:
-            frozen.place(torch.empty(frozen.num_bytes, dtype=torch.uint8, device="meta"))
+            frozen.place(torch.empty(frozen.num_bytes, dtype=torch.uint8, device="meta"), CONTAINER)
         else:
-            frozen.place(frozen.pack())
+            frozen.place(frozen.pack(), CONTAINER)
         adapter: FlatAdapter | None = FlatAdapter(unit, names, self.shards, apart)
         if adapter is not None and not adapter.segments:
             adapter = None
@@ -160,7 +165,7 @@ class FullyShard:
         if unit.shard is not None:
             local = unit.shard.cpu().pin_memory() if self.offload_shards and self.device.type == "cuda" else unit.shard
             unit.shard = None
-            placed = DTensor.from_local(local, self.shard_mesh, [Shard(0)], run_check=False)
+            placed = DTensor.from_local(local.view(CONTAINER), self.shard_mesh, [Shard(0)], run_check=False)
             modules[0]._parameters[BYTES] = nn.Parameter(placed, requires_grad=False)
         # The loss is over all ranks' tokens already, so gradients are summed and not averaged.
         unit.fsdp.set_gradient_divide_factor(1.0)

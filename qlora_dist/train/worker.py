@@ -58,6 +58,8 @@ ADAPTER_IDENTITY = (
     "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "modules_to_save", "rank_pattern", "alpha_pattern",
     "layers_to_transform",
 )  # fmt: skip
+# What CUDA's context, its libraries and NCCL take beside PyTorch's allocator, which alone can be capped.
+BESIDE_ALLOCATOR_GIB = 2.0
 # Two missed heartbeats and a little more.
 SILENCE_S = 2.5
 
@@ -178,6 +180,10 @@ def join_process_group(config: RunConfig, worker: Worker) -> None:
     """Connect the ranks, unless the launcher has done it; a collective fails after `launch.collective_timeout_s`."""
     if worker.device.type == "cuda":
         torch.cuda.set_device(worker.device)
+        if config.train.memory_budget_gib is not None:
+            total = torch.cuda.get_device_properties(worker.device).total_memory / 2**30
+            allowed = max(0.1, config.train.memory_budget_gib - BESIDE_ALLOCATOR_GIB)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
     if dist.is_initialized() or (worker.world_size == 1 and config.strategy == "none"):
         return
     backend = "cpu:gloo,cuda:nccl" if worker.device.type == "cuda" else "gloo"

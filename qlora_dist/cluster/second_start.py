@@ -9,7 +9,7 @@ from typing import Any
 from qlora_dist.config.errors import UserError
 from qlora_dist.coordinate.heard import HEARTBEAT_S
 from qlora_dist.coordinate.report import read_status
-from qlora_dist.coordinate.rundir import RUN_FILE
+from qlora_dist.coordinate.rundir import EVENTS_FILE, RUN_FILE
 
 # A few heartbeats, each of which may show in the status file a second later.
 WATCH_S = 4 * HEARTBEAT_S
@@ -24,8 +24,8 @@ def refuse_second_start(run_dir: Path) -> None:
     Raises:
         UserError: a rank lives, or the run.json is damaged.
     """
-    if not (run_dir / RUN_FILE).is_file():
-        return
+    if not all((run_dir / name).is_file() for name in (RUN_FILE, EVENTS_FILE)):
+        return  # a new run, or one that `open_run` says what is wrong with
     first = read_status(run_dir)
     if first["state"] != "running" or first["age_s"] > WATCH_S or not any(map(_may_live, first["ranks"])):
         return

@@ -113,6 +113,23 @@ def test_gathered_bytes_are_the_unsharded_ones(base: Path, world_size: int, shar
         assert seen["backward"] >= 4 * 12
 
 
+def compare_with_canonical_nans(rank: int, base: Path) -> None:
+    """As a copy that takes the bytes for fp32 numbers may leave them."""
+    pack = frozen.FrozenUnit.pack
+
+    def as_numbers(unit: frozen.FrozenUnit, *args: Any) -> Tensor:
+        floats = pack(unit, *args).view(torch.float32)
+        return floats.masked_fill(floats.isnan(), torch.nan).view(torch.uint8)
+
+    frozen.FrozenUnit.pack = as_numbers  # type: ignore[method-assign]
+    compare_after_every_gather(rank, base, 2, {})
+
+
+def test_the_comparison_sees_nans_made_alike(base: Path) -> None:
+    with pytest.raises(AssertionError, match="'weight', 'data'"):
+        in_group(2, compare_with_canonical_nans, base)
+
+
 def live_bytes() -> dict[int, int]:
     """Bytes of every tensor storage that this process can reach, by address of the storage object."""
     gc.collect()

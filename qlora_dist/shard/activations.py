@@ -4,8 +4,8 @@ What autograd saves during a forward is copied to the host on a stream of its ow
 gradient checkpointing, and in fused layers that recompute, that is the input of each decoder layer.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -76,6 +76,9 @@ class Away:
             kept.uses += 1
             return kept
         host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
+        if tensor.is_cuda:
+            # Only what has been computed can be copied; back again nothing has to be waited for.
+            _stream(tensor.device).wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.no_grad(), _copying(tensor.device):
             host.copy_(tensor.detach(), non_blocking=True)
         if tensor.is_cuda:
@@ -132,13 +135,6 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return _STREAMS[device]
 
 
-@contextmanager
-def _copying(device: torch.device) -> Iterator[None]:
-    """A block whose copies run beside the computation, after what has been computed so far."""
-    if device.type != "cuda":
-        yield
-        return
-    stream = _stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
+def _copying(device: torch.device) -> AbstractContextManager[Any]:
+    """A block whose copies run beside the computation."""
+    return torch.cuda.stream(_stream(device)) if device.type == "cuda" else nullcontext()

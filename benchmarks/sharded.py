@@ -2,15 +2,16 @@
 
     python benchmarks/sharded.py benchmarks/sharded_runs.json --out benchmarks/results/sharded_h200.json
 
-The first argument is a list of runs, each a name and dotted overrides of sharded.yaml (SCRATCH in one is a folder that
-lasts as long as the benchmark); every run is `qlora-dist train`
-in its own processes, with random weights of the stated shape. Tokens/s is the median over the steps after the first
-three. The settings of the peer's own benchmark are the default: LoRA r=16 on all linear layers, sequences of 2,048
-tokens, 8-bit AdamW, gradient checkpointing.
+The first argument is a list of runs, each a name, dotted overrides of sharded.yaml and an environment; SCRATCH in one is
+a folder that lasts as long as the benchmark. Every run is `qlora-dist train` in its own processes, with random weights
+of the stated shape. Tokens/s is the median over the steps after the first three. The settings of the peer's own
+benchmark are the default: LoRA r=16 on all linear layers, sequences of 2,048 tokens, 8-bit AdamW, gradient
+checkpointing.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -31,16 +32,19 @@ SETTINGS = Path(__file__).with_name("sharded.yaml")
 WARM_UP = 3
 
 
-def measure(name: str, overrides: list[str], rows: Path, scratch: Path, limit_s: float) -> dict[str, Any]:
+def measure(run: dict[str, Any], rows: Path, scratch: Path, limit_s: float) -> dict[str, Any]:
     """One run; what went wrong is in the result, and the other runs go on."""
+    name, overrides = run["name"], run["overrides"]
     run_dir = scratch / name.replace(" ", "-")
     command = [sys.executable, "-m", "qlora_dist.cli", "train", str(SETTINGS), f"data.train={rows}"]
     command += [f"output_dir={run_dir}", *overrides]
     started, started_clock = time.monotonic(), time.time()
     log = run_dir.with_suffix(".log")
-    result: dict[str, Any] = {"name": name, "overrides": overrides}
+    result: dict[str, Any] = dict(run)
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | run.get("environment", {})
+        )
         gpu_peak, host_peak = 0.0, 0.0
         while process.poll() is None:
             if time.monotonic() - started > limit_s:
@@ -107,7 +111,7 @@ def main() -> None:
         for run in json.loads(arguments.runs.read_text().replace("SCRATCH", folder)):
             if arguments.only and run["name"] not in arguments.only:
                 continue
-            result = measure(run["name"], run["overrides"], rows, Path(folder), arguments.limit_s)
+            result = measure(run, rows, Path(folder), arguments.limit_s)
             report["runs"].append(result)
             arguments.out.write_text(json.dumps(report, indent=1) + "\n")
             shown = {key: value for key, value in result.items() if key not in ("losses", "grad_norms", "overrides")}

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from qlora_dist.optim.optimizers import CONSTANT_KEYS, init_optimizer_state, load_optimizer_state, zero_code
@@ -76,6 +75,7 @@ class FullyShard:
         reshard_after_forward: free a unit's gathered weights after its forward.
         prefetch: units that are gathered ahead of the one that computes.
         offload_shards: keep shards, gradients and optimizer state in host memory.
+        resident_bytes: with `offload_shards`, so many bytes of shards stay on the device, those of the first units.
         loaded: units whose bytes are sharded already, by name, each with this rank's shard.
         timeout: how long a collective waits for its ranks; PyTorch's own where unset.
     """
@@ -90,6 +90,7 @@ class FullyShard:
         reshard_after_forward: bool = True,
         prefetch: int = 1,
         offload_shards: bool = False,
+        resident_bytes: int = 0,
         loaded: dict[str, tuple[FrozenUnit, Tensor]] | None = None,
         timeout: timedelta | None = None,
     ):
@@ -97,6 +98,7 @@ class FullyShard:
         self.reshard_after_forward, self.offload_shards = reshard_after_forward, offload_shards
         self.loaded = loaded or {}
         self.timeout = timeout
+        self.room = resident_bytes
 
     def apply(self, model: nn.Module, make_optimizer: OptimizerFactory) -> nn.Module:
         """See `Strategy.apply`."""
@@ -153,7 +155,11 @@ class FullyShard:
         modules = unit.unit.modules
         whole = self.frozen == "replicate" and unit.frozen is not None
         ignored = {modules[0]._parameters[BYTES]} if whole else set()
-        policy = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.offload_shards else OffloadPolicy()
+        offload = self.offload_shards
+        if offload and unit.frozen is not None and unit.frozen.num_bytes // self.shards <= self.room:
+            self.room -= unit.frozen.num_bytes // self.shards
+            offload = False
+        policy = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if offload else OffloadPolicy()
         unit.fsdp = modules[0]
         fully_shard(
             list(modules) if len(modules) > 1 else modules[0],  # type: ignore[arg-type]
@@ -163,13 +169,21 @@ class FullyShard:
             ignored_params=ignored,  # type: ignore[arg-type]
         )
         if unit.shard is not None:
-            local = unit.shard.cpu().pin_memory() if self.offload_shards and self.device.type == "cuda" else unit.shard
+            placed: Any = modules[0]._parameters[BYTES]
+            placed = torch.empty_like(placed, device="cpu" if offload else self.device)
+            placed.to_local().copy_(unit.shard.view(CONTAINER))
             unit.shard = None
-            placed = DTensor.from_local(local.view(CONTAINER), self.shard_mesh, [Shard(0)], run_check=False)
             modules[0]._parameters[BYTES] = nn.Parameter(placed, requires_grad=False)
         # The loss is over all ranks' tokens already, so gradients are summed and not averaged.
         unit.fsdp.set_gradient_divide_factor(1.0)
         unit.fsdp.set_force_sum_reduction_for_comms(True)
+        if (
+            unit.adapter is None
+            and len(modules) == 1
+            and (isinstance(modules[0], nn.Embedding) or hasattr(modules[0], "with_loss"))
+        ):
+            # An embedding's backward does not need its weight, and a fused head has made its gradient in the forward.
+            unit.fsdp.set_unshard_in_backward(False)
 
     def _set_prefetch(self, in_order: list[FSDPModule]) -> None:
         for place, module in enumerate(in_order):
@@ -187,13 +201,15 @@ class FullyShard:
         grads = [
             grad for unit in self.units if unit.pieces and (grad := unit.set_gradients(self.shard_rank)) is not None
         ]
-        norms = torch.stack(torch._foreach_norm(grads)) if grads else torch.zeros(1)
-        squares = norms.square().sum().to(self.device)
+        norms = [norm.to(self.device) for norm in torch._foreach_norm(grads)] if grads else [torch.zeros(1)]
+        squares = torch.stack(norms).square().sum().to(self.device)
         dist.all_reduce(squares, group=self.shard_mesh.get_group())
         norm = squares.sqrt() / loss_scale
-        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0) / loss_scale if max_norm > 0 else 1.0 / loss_scale
-        if grads and (max_norm > 0 or loss_scale != 1.0):
-            torch._foreach_mul_(grads, scale.to(grads[0].device) if isinstance(scale, Tensor) else scale)
+        if max_norm > 0 or loss_scale != 1.0:
+            limit = torch.clamp(max_norm / (norm + 1e-6), max=1.0) if max_norm > 0 else torch.ones_like(norm)
+            # Offloaded units have their gradients on the host.
+            for device in {grad.device for grad in grads}:
+                torch._foreach_mul_([g for g in grads if g.device == device], (limit / loss_scale).to(device))
         return norm
 
     def step(self, skip: bool) -> None:

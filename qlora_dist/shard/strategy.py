@@ -12,6 +12,8 @@ from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.shard.frozen import Shards
 
+# Of a memory budget, what offloaded shards may use of the device; gathered units and activations need the rest.
+RESIDENT_SHARE = 0.4
 OptimizerFactory = Callable[[dict[str, nn.Parameter]], Optimizer]
 
 
@@ -120,6 +122,7 @@ def make_strategy(config: RunConfig, world_size: int, local_world_size: int, loa
                 reshard_after_forward=shard.reshard_after_forward,
                 prefetch=shard.prefetch_layers,
                 offload_shards="shards" in shard.offload,
+                resident_bytes=int((config.train.memory_budget_gib or 0) * 2**30 * RESIDENT_SHARE),
                 loaded=loaded,
                 timeout=timedelta(seconds=config.launch.collective_timeout_s),
             )

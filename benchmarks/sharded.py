@@ -2,11 +2,10 @@
 
     python benchmarks/sharded.py benchmarks/sharded_runs.json --out benchmarks/results/sharded_h200.json
 
-The first argument is a list of runs, each a name, dotted overrides of sharded.yaml and an environment; SCRATCH in one is
-a folder that lasts as long as the benchmark. Every run is `qlora-dist train` in its own processes, with random weights
-of the stated shape. Tokens/s is the median over the steps after the first three. The settings of the peer's own
-benchmark are the default: LoRA r=16 on all linear layers, sequences of 2,048 tokens, 8-bit AdamW, gradient
-checkpointing.
+The first argument is a list of runs: a name, dotted overrides of sharded.yaml, and an environment. SCRATCH in one is a
+folder that lasts as long as the benchmark. Every run is `qlora-dist train` in its own processes, with random weights
+of the stated shape. Tokens/s is the median over the steps after the first three. The peer's own settings are the
+default: LoRA r=16 on all linear layers, sequences of 2,048 tokens, 8-bit AdamW, gradient checkpointing.
 """
 
 import argparse

@@ -235,7 +235,7 @@ class Zero3(Zero2):
             shard = frozen.pack(rank, world_size) if frozen.tensors else torch.empty(0)
         if frozen.tensors:
             frozen.place(torch.empty(1, dtype=torch.uint8, device=self.device).expand(frozen.num_bytes))
-            self._give_shard(frozen.bytes_now(), shard)
+            self._give_shard(frozen.parameter, shard)
         placed = super()._place_unit(unit, names, apart)
         if placed.adapter is not None:
             flat = flat_of(placed.adapter)
@@ -264,6 +264,8 @@ class Zero3(Zero2):
 
     def _set_views_in_backward(self) -> None:
         """What activation checkpointing computes anew in the backward may be a unit's forward without its hooks."""
+        from deepspeed.runtime.zero import parameter_offload
+
         units = {module: unit for unit in self.units for module in unit.unit.modules}
         hooks = self.zero.parameter_offload
         fetch, release = hooks.pre_sub_module_backward_function, hooks.post_sub_module_backward_function
@@ -279,6 +281,12 @@ class Zero3(Zero2):
                 units[module].drop_views()
             release(module)
 
+        def backward_is_over() -> None:
+            # A forward that is left in the middle, once it has what the backward needs, leaves its modules there.
+            del parameter_offload.FWD_MODULE_STACK[1:]
+            leftovers()
+
+        leftovers, hooks.release_backward_leftovers = hooks.release_backward_leftovers, backward_is_over
         hooks.pre_sub_module_backward_function = fetch_and_set
         hooks.post_sub_module_backward_function = drop_and_release
 

@@ -302,11 +302,12 @@ import sys
 from pathlib import Path
 from tests.single import small_config, train_here
 folder, base = Path(sys.argv[1]), Path(sys.argv[2])
-assert train_here(small_config(folder / "a", base))["state"] == "finished"
+short = {"train": {"max_steps": 2}, "checkpoint": {"save_steps": 2}}
+assert train_here(small_config(folder / "a", base, **short))["state"] == "finished"
 assert "deepspeed" not in sys.modules, "DeepSpeed is imported where nobody asked for it"
 print("begin", flush=True)
 for name in ("zero2", "zero3"):
-    config = small_config(folder / name, base, shard={"strategy": name})
+    config = small_config(folder / name, base, shard={"strategy": name}, **short)
     assert train_here(config)["state"] == "finished"
 print("end", flush=True)
 """

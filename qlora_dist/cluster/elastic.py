@@ -123,10 +123,10 @@ class NodesPolicy(ScalingPolicy):
             return NoopDecision()
         nodes = live_nodes()
         more = min(self._room(nodes)[0], self._most - workers)
-        self._more = 0
+        # The next group is not asked for what this one did.
+        self._more, self._asked = 0, False
         if more <= 0:
             self._client.call("cancel_resize", reason="the room that there was is gone")
-            self._asked = False
             return NoopDecision()
         tell(self._run_dir, f"growing from {workers} to {workers + more} workers after step {resize['held_step']}")
         return self._start(nodes, workers + more)
@@ -161,17 +161,32 @@ class Controller(TrainController):
         return super()._make_and_handle_scaling_decision_for_non_running_worker_group(controller_state)
 
 
-class ElasticTrainer(TorchTrainer):
-    """A TorchTrainer whose group sizes a `NodesPolicy` decides; other arguments as TorchTrainer's."""
+class Trainer(TorchTrainer):
+    """A TorchTrainer whose group sizes a policy may decide, and that can be ended from another thread.
 
-    def __init__(self, policy: NodesPolicy, train_loop_per_worker: Callable[[dict[str, Any]], None], **arguments: Any):
+    Args:
+        policy: None for a fixed number of workers.
+        train_loop_per_worker, arguments: as TorchTrainer's.
+    """
+
+    def __init__(
+        self, policy: NodesPolicy | None, train_loop_per_worker: Callable[[dict[str, Any]], None], **arguments: Any
+    ):
         super().__init__(train_loop_per_worker, **arguments)
         self._policy = policy
+        self._controller: Any = None
+
+    def end(self) -> None:
+        """Make `fit` raise where it runs, and with its controller all workers end."""
+        if self._controller is not None:
+            ray.kill(self._controller)
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         settings = {**get_env_vars_to_propagate(), "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
         actor_class: Any = ray.remote(num_cpus=0, runtime_env={"env_vars": settings})(Controller)
-        controller = actor_class.options(scheduling_strategy=here).remote(**parts | {"scaling_policy": self._policy})
-        ray.get(controller.run.remote())
-        return ray.get(controller.get_result.remote())
+        if self._policy is not None:
+            parts["scaling_policy"] = self._policy
+        self._controller = actor_class.options(scheduling_strategy=here).remote(**parts)
+        ray.get(self._controller.run.remote())
+        return ray.get(self._controller.get_result.remote())

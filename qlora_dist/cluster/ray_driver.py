@@ -10,18 +10,17 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import get_device
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, ScalingConfig
 from ray.train.v2.api.config import RunConfig as RayRunConfig
 
 from qlora_dist.cluster.actor import NAMESPACE, start_coordinator
-from qlora_dist.cluster.elastic import PLACE_S, ElasticTrainer, NodesPolicy
+from qlora_dist.cluster.elastic import PLACE_S, NodesPolicy, Trainer
 from qlora_dist.cluster.group_watch import ATTEMPT_VARIABLE, GroupWatch, RunStopped, WorkersConnect
 from qlora_dist.cluster.nodes import room
 from qlora_dist.cluster.outcome import Outcome, read_outcome
@@ -33,6 +32,8 @@ from qlora_dist.coordinate.rundir import read_run
 
 POLL_S = 0.5
 PROBE_TIMEOUT_S = 5.0
+# For the controller to end, after Ctrl-C.
+END_S = 10.0
 # Ray's least; nothing of ours goes through the object store.
 OBJECT_STORE_BYTES = 80 << 20
 
@@ -65,10 +66,9 @@ def run_with_ray(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> O
             # GPUs of one node talk over NVLink; CPU workers of one node share its memory's bandwidth.
             placement_strategy="PACK" if "GPU" in resources else "SPREAD",
         )
-        make_trainer: Any = TorchTrainer
-        if launch.elastic:
-            make_trainer = partial(ElasticTrainer, NodesPolicy(scaling, client, run_dir, launch.start_timeout_s))
-        trainer = make_trainer(
+        policy = NodesPolicy(scaling, client, run_dir, launch.start_timeout_s) if launch.elastic else None
+        trainer = Trainer(
+            policy,
             run_worker,
             train_loop_config={
                 "config": config, "client": client, "run_dir": run_dir, "nonce": info.nonce,
@@ -117,7 +117,7 @@ def run_worker(settings: dict[str, Any]) -> None:
     import_function(settings["train_name"])(settings["config"], worker)
 
 
-def _fit(trainer: TorchTrainer, follower: Follower, ray_log: Path) -> Exception | None:
+def _fit(trainer: Trainer, follower: Follower, ray_log: Path) -> Exception | None:
     """Run to the end, showing the workers' output meanwhile; the exception that `fit` raised, if it did.
 
     `fit` runs in a thread of its own: in the main thread Ray would take over Ctrl-C, and exit 0 after it.
@@ -134,9 +134,15 @@ def _fit(trainer: TorchTrainer, follower: Follower, ray_log: Path) -> Exception 
     # What Ray prints of its own (a paragraph for each worker that dies) is for whoever looks for it.
     with open(ray_log, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         thread.start()
-        while thread.is_alive():
-            thread.join(0.2)
-            follower.show_new()
+        try:
+            while thread.is_alive():
+                thread.join(0.2)
+                follower.show_new()
+        except BaseException:
+            # Ray crashes now and then when it is shut down under a thread that waits in it.
+            trainer.end()
+            thread.join(END_S)
+            raise
     follower.show_new()
     return errors[0] if errors else None
 

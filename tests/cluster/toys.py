@@ -44,6 +44,7 @@ def read_log(run_dir: Path) -> list[list[str]]:
 def connect(config: RunConfig, worker: Worker) -> int:
     """Process group and generation, as the real train function does it."""
     log(worker, "start", worker.rank, os.getpid())
+    log(worker, "place", worker.rank, worker.world_size, worker.local_rank, os.environ.get("GLOO_SOCKET_IFNAME", "-"))
     if worker.world_size > 1:
         dist.init_process_group("gloo", timeout=timedelta(seconds=config.launch.collective_timeout_s))
     box = [secrets.token_hex(8)]

@@ -95,6 +95,8 @@ def _ours(config: RunConfig) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        # Its timer would wait for the GPU.
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": zero,
     }
 

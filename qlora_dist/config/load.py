@@ -9,6 +9,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from qlora_dist.config.deepspeed import deepspeed_settings
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.redact import redact, redact_tree
 from qlora_dist.config.schema import RunConfig
@@ -44,7 +45,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read `path`, apply `overrides` (each `section.field=value`, the value read as YAML) and validate.
 
     Raises:
-        UserError: the file is missing or no YAML mapping, a key is unknown, a value is wrong, or two contradict.
+        UserError: the file is missing or no YAML mapping, a key is unknown, a value is wrong, or two contradict, those
+            of DeepSpeed's file included.
     """
     path = Path(path)
     values, lines = _read_yaml(path)
@@ -52,7 +54,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         location = _apply_override(values, override)
         sources[location] = f"given as {override}"
-    return validate(values, sources, str(path))
+    config = validate(values, sources, str(path))
+    if config.strategy in ("zero2", "zero3"):
+        deepspeed_settings(config)
+    return config
 
 
 def validate(values: dict[str, Any], sources: dict[Location, str] | None = None, origin: str = "config") -> RunConfig:
@@ -75,6 +80,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         config.adapter.path = config.adapter.path.absolute()
     if config.model.cache_quantized is not None:
         config.model.cache_quantized = config.model.cache_quantized.absolute()
+    if config.shard.deepspeed_config is not None:
+        config.shard.deepspeed_config = config.shard.deepspeed_config.expanduser().absolute()
     for section, field in ((config.model, "name"), (config.data, "train"), (config.data, "eval"), (config, "resume")):
         value = getattr(section, field)
         if value is not None and Path(value).expanduser().exists():

@@ -8,6 +8,7 @@ import pytest
 
 from qlora_dist.config.deepspeed import deepspeed_settings
 from qlora_dist.config.errors import UserError
+from qlora_dist.config.load import load_config, to_yaml, with_absolute_paths
 from qlora_dist.config.schema import RunConfig
 
 
@@ -70,6 +71,21 @@ def test_what_contradicts_ours_is_refused_by_its_name(theirs: Any, key: str, tmp
         deepspeed_settings(config_with(theirs, tmp_path))
     assert refused.value.message.startswith("shard.deepspeed_config: ")
     assert key in refused.value.message
+
+
+def test_a_contradiction_is_seen_when_the_configuration_is_read(tmp_path: Path) -> None:
+    config = config_with({"gradient_clipping": 9.0}, tmp_path)
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    with pytest.raises(UserError, match=r"gradient_clipping is 9\.0 there"):
+        load_config(tmp_path / "run.yaml")
+    load_config(tmp_path / "run.yaml", ["train.max_grad_norm=9"])
+
+
+def test_workers_find_the_file_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_with({}, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    config.shard.deepspeed_config = Path("ds.json")
+    assert with_absolute_paths(config).shard.deepspeed_config == tmp_path / "ds.json"
 
 
 def test_offload_is_deepspeeds_offload(tmp_path: Path) -> None:

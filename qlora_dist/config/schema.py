@@ -49,7 +49,7 @@ class ModelConfig(Section):
         None, description="Folder to keep the quantised base in; stock transformers loads it. Reused when present."
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    fused: Literal["auto", "on", "off"] = Field(
+    fused: Literal["auto", "always", "never"] = Field(
         "auto",
         description="Decoder layers and loss as fused kernels: `auto` on a GPU; off is transformers' and PEFT's.",
     )
@@ -191,7 +191,8 @@ class TrainConfig(Section):
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0 turns clipping off.")
     gradient_checkpointing: bool = False
     memory_budget_gib: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="GPU memory a worker may use in all, CUDA's own and NCCL's included; the whole GPU where unset."
+        None,
+        description="GPU memory a worker may use in all, CUDA's own and NCCL's included; the whole GPU where unset.",
     )
     max_bad_steps: PositiveInt = Field(10, description="Stop after so many non-finite steps in a row.")
     logging_steps: PositiveInt = 1

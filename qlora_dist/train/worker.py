@@ -129,7 +129,7 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
         # transformers 5.2x has a new name for it and warns at the old one.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    if config.model.fused == "on" or (config.model.fused == "auto" and worker.device.type == "cuda"):
+    if config.model.fused == "always" or (config.model.fused == "auto" and worker.device.type == "cuda"):
         set_plan(
             fuse(adapted, partial(note, "notice")), RECOMPUTE_ALL if config.train.gradient_checkpointing else KEEP_ALL
         )

@@ -69,7 +69,7 @@ class Runs:
         workers, shard, train = case
         return small_config(
             self.folder / name.replace(" ", "-"), self.base, shard=shard,
-            train={"optim": "adamw_8bit", "global_batch_size": 5, "max_steps": 5} | train,
+            train={"optim": "adamw_8bit", "global_batch_size": 5, "max_steps": 3} | train,
             launch={"backend": "none" if workers == 1 else "torchrun", "num_workers": workers},
         )  # fmt: skip
 

@@ -31,7 +31,9 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def train_in_group(configs: Sequence[RunConfig], world_size: int, sabotage: Sabotage | None = None) -> list[dict]:
+def train_in_group(
+    configs: Sequence[RunConfig], world_size: int, sabotage: Sabotage | None = None, timeout_s: float = 300
+) -> list[dict]:
     """Train each of `configs` in turn with `world_size` processes; return each run's outcome.
 
     Args:
@@ -51,7 +53,7 @@ def train_in_group(configs: Sequence[RunConfig], world_size: int, sabotage: Sabo
         for process in processes:
             process.start()
         for process in processes:
-            process.join(timeout=300)
+            process.join(timeout=timeout_s)
         assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
         return [Coordinator(config.run_dir).outcome() for config in configs]
     finally:

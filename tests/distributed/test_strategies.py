@@ -106,8 +106,8 @@ class Runs:
         return {change: read(config.run_dir) for change, config in configs.items()}
 
 
-def train_all(configs: list, size: int, sabotage: Sabotage | None = None) -> None:
-    outcomes = train_in_group(configs, size, sabotage)
+def train_all(configs: list, size: int, sabotage: Sabotage | None = None, timeout_s: float = 300) -> None:
+    outcomes = train_in_group(configs, size, sabotage, timeout_s)
     assert all(outcome["state"] == "finished" for outcome in outcomes), outcomes
 
 
@@ -224,7 +224,7 @@ def test_the_comparison_sees_what_goes_wrong_with_shards(runs: Runs, sabotage: S
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("optim", OPTIMS)
 def test_smollm2(tmp_path: Path, optim: str) -> None:
     """The quickstart's model and rows."""
@@ -240,6 +240,6 @@ def test_smollm2(tmp_path: Path, optim: str) -> None:
     with torch.random.fork_rng():
         assert train_here(config("none", 1))["state"] == "finished"
     for size in sorted({size for size, _ in STRATEGIES.values()}):
-        train_all([config(s, size) for s, (usual, _) in STRATEGIES.items() if usual == size], size)
+        train_all([config(s, size) for s, (usual, _) in STRATEGIES.items() if usual == size], size, timeout_s=1500)
     for strategy in STRATEGIES:
         assert_same(read(tmp_path / strategy), read(tmp_path / "none"))

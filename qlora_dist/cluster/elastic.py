@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import (
     NoopDecision,
     ResizeDecision,
@@ -161,6 +163,14 @@ class Controller(TrainController):
         return super()._make_and_handle_scaling_decision_for_non_running_worker_group(controller_state)
 
 
+class RetryLostWorkers(DefaultFailurePolicy):
+    """Ray Train's policy, for which a worker that dies right before its training starts is the end of the run."""
+
+    def _is_retryable_error(self, training_failed_error: Any) -> bool:
+        lost = isinstance(getattr(training_failed_error, "controller_failure", None), RayActorError)
+        return lost or super()._is_retryable_error(training_failed_error)
+
+
 class Trainer(TorchTrainer):
     """A TorchTrainer whose group sizes a policy may decide, and that can be ended from another thread.
 
@@ -185,6 +195,7 @@ class Trainer(TorchTrainer):
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         settings = {**get_env_vars_to_propagate(), "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
         actor_class: Any = ray.remote(num_cpus=0, runtime_env={"env_vars": settings})(Controller)
+        parts["failure_policy"] = RetryLostWorkers(parts["failure_policy"].failure_config)
         if self._policy is not None:
             parts["scaling_policy"] = self._policy
         self._controller = actor_class.options(scheduling_strategy=here).remote(**parts)

@@ -92,12 +92,18 @@ class GroupWatch(ControllerCallback, WorkerGroupCallback):
         """Ask the coordinator whether the failure that was polled last deserves a new worker group."""
         if failure_decision.name != "RETRY" or not self._errors:
             return
-        self._ask_for_restart(*self._diagnose())
+        diagnosis = self._diagnose()
+        # They are told of once: the next failure may be that of a group which never started.
+        self._errors = {}
+        self._ask_for_restart(*diagnosis)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """A worker group that could not start: resources are held by others, or a worker died while it started."""
         if type(current_state).__name__ != "ReschedulingState":
             return
+        # Ray forgets a group that failed between its start and its training, which then keeps its places for ever.
+        if self._group is not None and self._group.has_started():
+            self._group.shutdown()
         error = current_state.training_failed_error
         cause = getattr(error, "controller_failure", error)
         if isinstance(cause, WorkerGroupStartupTimeoutError) and self._elastic:

@@ -3,8 +3,10 @@
 import os
 import signal
 import socket
+import threading
 import time
 
+import psutil
 import pytest
 import ray
 
@@ -16,7 +18,7 @@ from qlora_dist.config.load import to_yaml
 from qlora_dist.coordinate.client import CoordinatorError
 from qlora_dist.coordinate.report import read_status
 from qlora_dist.coordinate.rundir import open_run
-from tests.cluster.faults import signal_at, started
+from tests.cluster.faults import signal_at, started, wait_until
 from tests.cluster.toys import read_log, toy_config
 
 
@@ -54,6 +56,34 @@ def test_killed_and_stopped_workers_are_named_and_replaced(tmp_path, capsys):
     # It cannot wake up any more.
     with pytest.raises(ProcessLookupError):
         os.kill(stopped, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.3])
+def test_a_worker_killed_while_its_group_is_starting(tmp_path, delay_s):
+    """Before its train function runs there is no rank that could tell of it; its group must give its CPUs back."""
+
+    def workers():
+        return [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in _title(p)]
+
+    def act():
+        wait_until(lambda: len(workers()) >= 1)
+        time.sleep(delay_s)
+        workers()[0].kill()
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    # Two workers of two CPUs are all that the cluster holds.
+    assert run("count", tmp_path, cpus_per_worker=2, collective_timeout_s=5) == 0
+    thread.join()
+    assert len(read_status(tmp_path)["restarts"]) == 1
+    assert noted_steps(tmp_path) == list(range(1, 41))
+
+
+def _title(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def test_what_a_person_must_mend_ends_the_run_at_once(tmp_path, capsys):

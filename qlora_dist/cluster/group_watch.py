@@ -99,7 +99,8 @@ class GroupWatch(ControllerCallback, WorkerGroupCallback):
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """A worker group that could not start: resources are held by others, or a worker died while it started."""
-        if type(current_state).__name__ != "ReschedulingState":
+        # It is the same state again while there is no room yet.
+        if type(current_state).__name__ != "ReschedulingState" or current_state is previous_state:
             return
         # Ray forgets a group that failed between its start and its training, which then keeps its places for ever.
         if self._group is not None and self._group.has_started():

@@ -18,7 +18,7 @@ from qlora_dist.config.load import to_yaml
 from qlora_dist.coordinate.client import CoordinatorError
 from qlora_dist.coordinate.report import read_status
 from qlora_dist.coordinate.rundir import open_run
-from tests.cluster.faults import signal_at, started, wait_until
+from tests.cluster.faults import reached, signal_at, started, wait_until
 from tests.cluster.toys import read_log, toy_config
 
 
@@ -58,24 +58,27 @@ def test_killed_and_stopped_workers_are_named_and_replaced(tmp_path, capsys):
         os.kill(stopped, signal.SIGCONT)
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.3])
-def test_a_worker_killed_while_its_group_is_starting(tmp_path, delay_s):
-    """Before its train function runs there is no rank that could tell of it; its group must give its CPUs back."""
+@pytest.mark.parametrize(("delay_s", "num_workers"), [(0.0, 2), (0.3, 2), (0.0, [1, 2])])
+def test_a_worker_killed_while_the_group_after_a_failure_is_starting(tmp_path, delay_s, num_workers):
+    """What the first failure left behind is no news then; the second group must give its CPUs back."""
 
     def workers():
         return [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in _title(p)]
 
     def act():
-        wait_until(lambda: len(workers()) >= 1)
+        wait_until(lambda: reached(tmp_path, 5))
+        first = set(workers())
+        os.kill(started(tmp_path, 1)[-1], signal.SIGKILL)
+        wait_until(lambda: set(workers()) - first)
         time.sleep(delay_s)
-        workers()[0].kill()
+        (set(workers()) - first).pop().kill()
 
     thread = threading.Thread(target=act, daemon=True)
     thread.start()
     # Two workers of two CPUs are all that the cluster holds.
-    assert run("count", tmp_path, cpus_per_worker=2, collective_timeout_s=5) == 0
+    assert run("count", tmp_path, num_workers=num_workers, cpus_per_worker=2, collective_timeout_s=5) == 0
     thread.join()
-    assert len(read_status(tmp_path)["restarts"]) == 1
+    assert len(read_status(tmp_path)["restarts"]) == 2
     assert noted_steps(tmp_path) == list(range(1, 41))
 
 

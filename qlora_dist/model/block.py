@@ -182,6 +182,9 @@ class Block:
         self.q_width, self.kv_width = self.qkv.parts[0].rows.stop, self.qkv.parts[1].rows.stop
         self.kv_width -= self.q_width
         self.normed_heads = hasattr(attention, "q_norm")
+        # Mistral's attention reads it from the config; Qwen's has its own, None in layers that look everywhere.
+        config_window = getattr(attention.config, "sliding_window", None) if "Mistral" in type(layer).__name__ else None
+        self.window: int | None = getattr(attention, "sliding_window", config_window)
         self.plan = KEEP_ALL
 
     @property
@@ -222,7 +225,7 @@ class _BlockFunction(torch.autograd.Function):
     ) -> Tensor:  # x_BTH: the residual stream
         plan, (qkv_f, out_f, gu_f, down_f) = block.plan, block.split(factors)
         x_MH = x_BTH.reshape(-1, x_BTH.shape[-1])
-        kept = attend(block, inputs, x_BTH.shape, x_MH, qkv_f)
+        kept = attend(block, inputs, x_BTH.shape, x_MH, qkv_f, differentiable=plan.attention)
         a_MW = joined_heads(block, kept.result, x_MH)
         x1_MH = block.output.forward(a_MW, out_f, residual_MN=x_MH)
         a_xa = a_MW[:, block.output.K :].clone()
@@ -338,9 +341,14 @@ def normed(norm: Any, x_MH: Tensor, projection: Projection) -> tuple[Tensor, Ten
 
 
 def attend(
-    block: Block, inputs: dict[str, Any], shape: torch.Size, x_MH: Tensor, factors: Sequence[Tensor]
+    block: Block,
+    inputs: dict[str, Any],
+    shape: torch.Size,
+    x_MH: Tensor,
+    factors: Sequence[Tensor],
+    differentiable: bool = True,
 ) -> Attended:
-    """RMSNorm, q, k, v, RoPE and attention."""
+    """RMSNorm, q, k, v, RoPE and attention, with the attention's graph where `differentiable`."""
     n_MW, rstd_M = normed(block.layer.input_layernorm, x_MH, block.qkv)
     y_MN = block.qkv.forward(n_MW, factors)
     xa_MR = n_MW[:, block.qkv.K : block.qkv.K + block.qkv.R].clone()
@@ -355,14 +363,15 @@ def attend(
         part.unflatten(1, (-1, block.head_dim)).unflatten(0, (batch, time)).transpose(1, 2).detach().requires_grad_()
         for part in y_MN.split([block.q_width, block.kv_width, block.kv_width], dim=1)
     )
-    with torch.enable_grad():
+    with torch.set_grad_enabled(differentiable):
         result = attention(block, q, k, v, inputs)
     return Attended(xa_MR, rstd_M, (q, k, v), result, raw_MN, head_rstd)
 
 
 def attention(block: Block, q: Tensor, k: Tensor, v: Tensor, inputs: dict[str, Any]) -> Tensor:
     """softmax(q k' / sqrt(D)) v, [B, heads, T, D]."""
-    if inputs["mask"] is None and not inputs["kwargs"]:
+    # Under sdpa a window shorter than the sequence always comes with a mask; other kernels are told of it.
+    if inputs["mask"] is None and not inputs["kwargs"] and block.attention.config._attn_implementation == "sdpa":
         grouped = q.shape[1] != k.shape[1]
         return functional.scaled_dot_product_attention(
             q, k, v, is_causal=q.shape[2] > 1, scale=block.attention.scaling, enable_gqa=grouped
@@ -370,7 +379,7 @@ def attention(block: Block, q: Tensor, k: Tensor, v: Tensor, inputs: dict[str, A
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     function = ALL_ATTENTION_FUNCTIONS[block.attention.config._attn_implementation]
-    window = {"sliding_window": w} if (w := getattr(block.attention, "sliding_window", None)) else {}
+    window = {} if block.window is None else {"sliding_window": block.window}
     result: Tensor = function(
         block.attention, q, k, v, inputs["mask"], dropout=0.0, scaling=block.attention.scaling, **window,
         **inputs["kwargs"],
@@ -495,7 +504,7 @@ def product_fp32(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
     if a.device.type == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
+    return a.float() @ b.float()
 
 
 _SCRATCH: dict[tuple[torch.device, torch.dtype], Tensor] = {}

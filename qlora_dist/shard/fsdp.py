@@ -203,8 +203,9 @@ class FullyShard:
         ]
         norms = [norm.to(self.device) for norm in torch._foreach_norm(grads)] if grads else [torch.zeros(1)]
         squares = torch.stack(norms).square().sum().to(self.device)
-        dist.all_reduce(squares, group=self.shard_mesh.get_group())
-        norm = squares.sqrt() / loss_scale
+        # Over all copies, so that no copy gets a norm with another last bit and drifts from the rest.
+        dist.all_reduce(squares)
+        norm = (squares / (dist.get_world_size() // self.shards)).sqrt() / loss_scale
         if max_norm > 0 or loss_scale != 1.0:
             limit = torch.clamp(max_norm / (norm + 1e-6), max=1.0) if max_norm > 0 else torch.ones_like(norm)
             # Offloaded units have their gradients on the host.

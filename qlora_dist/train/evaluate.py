@@ -45,11 +45,14 @@ def held_out_loss(
 @torch.no_grad()
 def answer_prompts(
     model: Any, tokenizer: Any, table: TokenTable, documents: Sequence[int], max_new_tokens: int,
-    compute_dtype: torch.dtype, device: torch.device,
+    compute_dtype: torch.dtype, device: torch.device, together: bool = False,
 ) -> list[dict[str, str]]:  # fmt: skip
     """Greedy answers of the base alone (`before`) and with the adapter (`after`) to the prompts of `documents`.
 
     A document's prompt is what precedes its first loss-bearing token; `expected` is the rest of it.
+
+    Args:
+        together: a forward takes all ranks, so that none may end its answer before the others have.
     """
     model.eval()
     answers = []
@@ -61,7 +64,7 @@ def answer_prompts(
             with autocast(device, compute_dtype):
                 output_T = model.generate(
                     input_ids=prompt_T, attention_mask=torch.ones_like(prompt_T), max_new_tokens=max_new_tokens,
-                    do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id,
+                    do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id, synced_gpus=together,
                 )[0]  # fmt: skip
             return tokenizer.decode(output_T[prompt_T.shape[1] :], skip_special_tokens=True).strip()
 

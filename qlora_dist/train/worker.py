@@ -130,9 +130,9 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if config.model.fused == "always" or (config.model.fused == "auto" and worker.device.type == "cuda"):
-        set_plan(
-            fuse(adapted, partial(note, "notice")), RECOMPUTE_ALL if config.train.gradient_checkpointing else KEEP_ALL
-        )
+        # What a fused layer keeps stays on the GPU: offloading is for the one tensor that recomputation starts from.
+        recomputes = config.train.gradient_checkpointing or "activations" in config.shard.offload
+        set_plan(fuse(adapted, partial(note, "notice")), RECOMPUTE_ALL if recomputes else KEEP_ALL)
     describe_model(note, adapted, config, dtype, folder)
     if "activations" in config.shard.offload:
         if worker.device.type == "cpu":
@@ -308,19 +308,21 @@ def finish(loop: Loop, worker: Worker, tokenizer: Any, generation: int) -> None:
             tell(
                 worker, generation, "notice", "no checkpoint has a finite held-out loss; the last adapter is the final"
             )
+    adapter = loop.strategy.full_adapter()
+    if worker.rank == 0:
+        refuse_if_fenced(loop.heartbeat)
+        write_adapter(adapter, loop.adapter_config_json, worker.run_dir / "adapter")
     samples: list[dict[str, str]] = []
     if loop.eval_table is not None and config.eval.sample_prompts:
         documents = range(min(config.eval.sample_prompts, loop.eval_table.num_documents))
         together = loop.strategy.collective_forward
         mine = answer_prompts(
             model, tokenizer, loop.eval_table, documents if together else documents[worker.rank :: worker.world_size],
-            config.eval.sample_max_new_tokens, loop.compute_dtype, worker.device,
+            config.eval.sample_max_new_tokens, loop.compute_dtype, worker.device, together,
         )  # fmt: skip
         samples = mine if together else gather_in_turn(worker, mine)
-    adapter = loop.strategy.full_adapter()
     if worker.rank == 0:
         refuse_if_fenced(loop.heartbeat)
-        write_adapter(adapter, loop.adapter_config_json, worker.run_dir / "adapter")
         assert loop.metrics is not None
         loop.metrics.close(worker.run_dir / "adapter")
         answer = worker.client.call(

@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM as Auto
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_dist.model.block import KEEP_ALL, RECOMPUTE_ALL, Plan
 from qlora_dist.model.fused import fuse, fused_loss_sum, set_plan
@@ -199,3 +200,22 @@ def test_a_layer_that_cannot_run_fused_stays_as_it_is_and_is_told_of_once(adapte
     assert fuse(model, told.append) == []
     assert len(told) == 1
     assert reason in told[0]
+
+
+@pytest.mark.parametrize(("family", "window"), [("mistral with a window", 5), ("llama", None)])
+def test_flash_attention_is_called_with_the_models_window(
+    family: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel itself needs a GPU; what it is asked for does not."""
+    told: list[Any] = []
+
+    def recorded(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        told.append(kwargs.get("sliding_window"))
+        return (q + k.mean() + v.mean()).transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", recorded)
+    model = adapted(FAMILIES[family](), torch.float32, ADAPTERS["all linear"])
+    fuse(model)
+    model.get_base_model().config._attn_implementation = "flash_attention_2"
+    losses(model, batch(False), fused=True)
+    assert told == [window, window]

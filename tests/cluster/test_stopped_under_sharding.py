@@ -18,7 +18,6 @@ from tests.single import small_config, train_here
 STEPS, TIMEOUT_S = 20, 20
 # 8-bit state would carry differences in rounding over its steps.
 TRAIN = {"max_steps": STEPS, "optim": "adamw_torch"}
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES if name != "fsdp"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,8 @@ def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("strategy", ["fsdp", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_stopped_rank_is_named_and_the_run_goes_on(
     tmp_path: Path, tiny_model: Path, undisturbed: Path, strategy: str
 ) -> None:

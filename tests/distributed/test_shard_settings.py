@@ -90,6 +90,7 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("settings"), tiny_model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_training_is_the_same(runs: Runs, name: str) -> None:
     run_dir = runs.of_size(CASES[name][0])[name]

@@ -173,7 +173,8 @@ class RayNodes:
         """Start a process on a node, in a session of its own."""
         return subprocess.Popen(
             self.nodes.command(node, *words), env=self.environment, cwd=REPOSITORY, text=True, start_new_session=True,
-            **options,
+            # A shell starts what it puts into the background with SIGINT ignored, and that is inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -336,6 +336,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("runs"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_from_shards_is_the_unsharded_run(runs: Runs, case: str) -> None:
     """Within 1e-4, for sums in other orders over ten steps."""

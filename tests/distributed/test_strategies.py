@@ -157,6 +157,7 @@ def test_resuming_under_another_strategy_and_world_size(runs: Runs, change: Chan
         assert {metric: {step: whole[metric][step] for step in range(6, 11)} for metric in METRICS} == resumed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [("fsdp", 2, "hybrid", 4), ("hybrid", 4, "hybrid", 4)])
 def test_resuming_under_hybrid(runs: Runs, change: Change) -> None:
     assert_same(runs.resumed(4, True)[change], runs.unsharded("adamw_8bit"), after=5)

@@ -113,6 +113,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "case"), WANTED)
 def test_what_comes_out_is_what_one_worker_brings_about(runs: Runs, strategy: str, case: str) -> None:
     config, outcome = runs.sharded(STRATEGIES[strategy][0])[strategy, case]
@@ -130,6 +131,7 @@ def test_what_comes_out_is_what_one_worker_brings_about(runs: Runs, strategy: st
     assert (logits - reference_logits).norm() < 1e-3 * reference_logits.norm()
 
 
+@pytest.mark.slow
 def test_the_cases_are_what_they_say(runs: Runs) -> None:
     """Embedding and head did train, the best step was not the last, training did stop early, samples were answered."""
     full, head = (

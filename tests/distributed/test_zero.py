@@ -101,6 +101,7 @@ def assert_same(run_dir: Path, reference: Path, steps: range = range(1, 11)) -> 
         assert worst_difference({s: ours[s] for s in steps}, {s: theirs[s] for s in steps}) < 1e-4, metric
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "variant"), [("zero2", "offload"), *(("zero3", name) for name in VARIANTS)])
 def test_what_only_saves_memory_or_looks_changes_nothing(runs: Runs, strategy: str, variant: str) -> None:
     reference = runs.alone(variant if variant == "evaluation" else "plain")
@@ -111,6 +112,7 @@ def test_what_only_saves_memory_or_looks_changes_nothing(runs: Runs, strategy: s
         assert worst_difference(ours, theirs) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ZERO)
 def test_embedding_and_head_train_in_full(runs: Runs, strategy: str) -> None:
     folder, reference = runs.zero()[strategy, "full", "adamw_8bit"], runs.alone("full")

@@ -16,8 +16,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.optim import Optimizer
 
 from qlora_dist.optim.optimizers import CONSTANT_KEYS, init_optimizer_state, load_optimizer_state, zero_code
-from qlora_dist.shard.flat import BLOCK, FLAT, FlatAdapter, Segment
+from qlora_dist.shard.flat import FLAT, FlatAdapter, Segment
 from qlora_dist.shard.frozen import BYTES, FrozenUnit
+from qlora_dist.shard.pieces import grain_of
 from qlora_dist.shard.strategy import FullState, OptimizerFactory
 from qlora_dist.shard.units import Unit, base_of, call_through_hooks, find_units
 
@@ -313,11 +314,6 @@ class FullyShard:
         whole[offset : offset + mine.numel()] = mine.reshape(-1).view(as_int)
         dist.all_reduce(whole, group=self.shard_mesh.get_group())
         return whole.view(mine.dtype)
-
-
-def grain_of(key: str) -> int:
-    """Elements of a weight that one element of the optimizer state `key` stands for."""
-    return BLOCK if key.startswith("absmax") else 1
 
 
 def make_mesh(device: torch.device, shards: int, timeout: timedelta | None = None) -> DeviceMesh:

@@ -179,7 +179,7 @@ class Loop:
             raise UserError("loss-not-finite", bad_steps=progress.bad_steps, step=progress.step)
 
     def log(self) -> None:
-        """Write one record for each step since the last call; the one place where the host waits for the device."""
+        """Write one record for each step since the last call."""
         if not self.unlogged:
             return
         losses = [float(loss) for _, loss, *_ in self.unlogged]

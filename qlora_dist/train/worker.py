@@ -180,6 +180,9 @@ def join_process_group(config: RunConfig, worker: Worker) -> None:
     """Connect the ranks, unless the launcher has done it; a collective fails after `launch.collective_timeout_s`."""
     if worker.device.type == "cuda":
         torch.cuda.set_device(worker.device)
+        if not os.environ.get("PYTORCH_CUDA_ALLOC_CONF") and not os.environ.get("PYTORCH_ALLOC_CONF"):
+            # What loading leaves in odd sizes would otherwise not serve the step.
+            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
         if config.train.memory_budget_gib is not None:
             total = torch.cuda.get_device_properties(worker.device).total_memory / 2**30
             allowed = max(0.1, config.train.memory_budget_gib - BESIDE_ALLOCATOR_GIB)

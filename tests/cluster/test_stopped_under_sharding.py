@@ -8,11 +8,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from tests.cluster.faults import family, wait_until
 from tests.cluster.test_training_faults import SECTIONS, Job
 from tests.distributed.group import series
 from tests.distributed.strategies import STRATEGIES, worst_difference
+from tests.gpu.test_cuda import train_on_gpu
 from tests.single import small_config, train_here
 
 STEPS, TIMEOUT_S = 20, 20
@@ -25,7 +27,9 @@ def undisturbed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """The same run by one worker."""
     sections = SECTIONS | {"launch": {"backend": "none"}, "train": SECTIONS["train"] | TRAIN}
     config = small_config(tmp_path_factory.mktemp("undisturbed"), tiny_model, **sections)
-    assert train_here(config)["state"] == "finished"
+    # Where there are GPUs, the jobs below use them.
+    train = train_on_gpu if torch.cuda.is_available() else train_here
+    assert train(config)["state"] == "finished"
     return config.run_dir
 
 
@@ -39,6 +43,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on(
     job = Job(tmp_path, tiny_model)
     job.start(
         "launch.backend=torchrun", f"launch.num_workers={workers}", f"launch.collective_timeout_s={TIMEOUT_S}",
+        "launch.device=auto",
         f"shard.strategy={strategy}", *(f"shard.{key}={value}" for key, value in settings.items()),
         *(f"train.{key}={value}" for key, value in TRAIN.items()),
     )  # fmt: skip

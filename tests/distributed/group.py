@@ -32,13 +32,20 @@ def free_port() -> int:
 
 
 def train_in_group(
-    configs: Sequence[RunConfig], world_size: int, sabotage: Sabotage | None = None, timeout_s: float = 300
+    configs: Sequence[RunConfig],
+    world_size: int,
+    sabotage: Sabotage | None = None,
+    timeout_s: float = 300,
+    device: str = "cpu",
 ) -> list[dict]:
     """Train each of `configs` in turn with `world_size` processes; return each run's outcome.
 
     Args:
         sabotage: a module-level function called with the rank in every process first, to break something on purpose.
+        device: `cuda` gives each rank a GPU.
     """
+    # What is imported may have opened the GPUs, which a fork cannot share.
+    context = CONTEXT if device == "cpu" else multiprocessing.get_context("spawn")
     services, plans = [], []
     try:
         for config in configs:
@@ -47,7 +54,7 @@ def train_in_group(
             services.append(service)
             plans.append((config, service.url, info.nonce, free_port()))
         processes = [
-            CONTEXT.Process(target=_worker_process, args=(rank, world_size, plans, sabotage, dict(os.environ)))
+            context.Process(target=_worker_process, args=(rank, world_size, device, plans, sabotage, dict(os.environ)))
             for rank in range(world_size)
         ]
         for process in processes:
@@ -64,8 +71,9 @@ def train_in_group(
 
 
 def _worker_process(
-    rank: int, world_size: int, plans: list[tuple[Any, ...]], sabotage: Sabotage | None, environment: dict[str, str]
-) -> None:
+    rank: int, world_size: int, device: str, plans: list[tuple[Any, ...]], sabotage: Sabotage | None,
+    environment: dict[str, str],
+) -> None:  # fmt: skip
     import torch
 
     from qlora_dist.coordinate.client import HttpClient
@@ -83,7 +91,8 @@ def _worker_process(
         }  # fmt: skip
         client = HttpClient(url, TOKEN)
         try:
-            train(config, Worker(rank, world_size, rank, torch.device("cpu"), client, config.run_dir, nonce))
+            place = torch.device(device, rank) if device == "cuda" else torch.device(device)
+            train(config, Worker(rank, world_size, rank, place, client, config.run_dir, nonce))
         except Exception:
             traceback.print_exc()
             raise

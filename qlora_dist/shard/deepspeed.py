@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from qlora_dist.model.quiet import mute_known_chatter
@@ -91,23 +91,3 @@ def _import() -> Any:
     # A group of its own would have a timeout of its own, and a stuck rank would be noticed later than configured.
     groups._WORLD_GROUP = dist.group.WORLD
     return deepspeed
-
-
-def clip_shards(grads: list[Tensor], factor: float, max_norm: float, loss_scale: float, device: torch.device) -> Tensor:
-    """Multiply this rank's parts of the gradients by `factor`, divide by `loss_scale`, and clip them.
-
-    Args:
-        max_norm: of the gradients over all ranks; 0 leaves them unclipped.
-
-    Returns:
-        Their norm over all ranks before clipping, a scalar on `device`.
-    """
-    squares = torch.stack(torch._foreach_norm(grads)).square().sum().to(device)
-    dist.all_reduce(squares)
-    norm = squares.sqrt() * (factor / loss_scale)
-    scale: float | Tensor = factor / loss_scale
-    if max_norm > 0:
-        scale = (torch.clamp(max_norm / (norm + 1e-6), max=1.0) * scale).to(grads[0].device)
-    if max_norm > 0 or scale != 1.0:
-        torch._foreach_mul_(grads, scale)
-    return norm

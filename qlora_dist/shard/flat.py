@@ -80,7 +80,7 @@ class FlatAdapter:
 
     Args:
         unit: its modules; those in `apart` belong to other units.
-        names: the full name of each parameter in the model.
+        names: the full name of each parameter that trains (`trained_names`).
         num_shards: the flat parameter is padded to so many equal shards of whole blocks.
 
     Attributes:
@@ -90,7 +90,7 @@ class FlatAdapter:
 
     def __init__(self, unit: Unit, names: dict[nn.Parameter, str], num_shards: int, apart: set[nn.Module]):
         self.module = unit.modules[0]
-        found = list(_trained(unit, names, apart))
+        found = [item for root in unit.modules for item in _trained(root, names, apart)]
         groups: dict[tuple[bool, bool], list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
         for item in found:
             groups.setdefault((item[3].numel() < MIN_8BIT_SIZE, _is_b(item[0])), []).append(item)
@@ -153,18 +153,19 @@ def _is_b(key: str) -> bool:
     return ".lora_B." in key or ".lora_embedding_B" in key
 
 
-def _trained(
-    unit: Unit, names: dict[nn.Parameter, str], apart: set[nn.Module]
-) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    def walk(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad:
-                if parameter.dtype != torch.float32:
-                    raise ValueError(f"{names[parameter]} is {parameter.dtype}; adapter weights train in fp32")
-                yield peft_key(names[parameter]), module, attribute, parameter
-        for child in module.children():
-            if child not in apart:
-                yield from walk(child)
+def trained_names(model: nn.Module) -> dict[nn.Parameter, str]:
+    """The names of the parameters that train. No others: whoever holds a frozen one keeps its memory."""
+    return {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
-    for root in unit.modules:
-        yield from walk(root)
+
+def _trained(
+    module: nn.Module, names: dict[nn.Parameter, str], apart: set[nn.Module]
+) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    for attribute, parameter in module._parameters.items():
+        if parameter is not None and parameter.requires_grad:
+            if parameter.dtype != torch.float32:
+                raise ValueError(f"{names[parameter]} is {parameter.dtype}; adapter weights train in fp32")
+            yield peft_key(names[parameter]), module, attribute, parameter
+    for child in module.children():
+        if child not in apart:
+            yield from _trained(child, names, apart)

@@ -15,10 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.optim import Optimizer
 
-from qlora_dist.optim.optimizers import CONSTANT_KEYS, init_optimizer_state, load_optimizer_state, zero_code
-from qlora_dist.shard.flat import FLAT, FlatAdapter, Segment
+from qlora_dist.shard.flat import FLAT, FlatAdapter, trained_names
 from qlora_dist.shard.frozen import BYTES, FrozenUnit
-from qlora_dist.shard.pieces import grain_of
+from qlora_dist.shard.pieces import Piece, PieceOptimizer, clip_shards, cut, whole
 from qlora_dist.shard.strategy import FullState, OptimizerFactory
 from qlora_dist.shard.units import Unit, base_of, call_through_hooks, find_units
 
@@ -31,39 +30,31 @@ CONTAINER = torch.uint8 if TORCH >= (2, 13) else torch.float32
 class ShardedUnit:
     """A unit under FSDP: its frozen bytes, its flat adapter parameter, and this rank's part of the optimizer."""
 
-    def __init__(self, unit: Unit, frozen: FrozenUnit | None, adapter: FlatAdapter | None, shard: Tensor | None):
-        self.unit, self.frozen, self.adapter, self.shard = unit, frozen, adapter, shard
+    def __init__(self, unit: Unit, frozen: FrozenUnit | None, adapter: FlatAdapter | None, loaded: Tensor | None):
+        self.unit, self.frozen, self.adapter, self.loaded = unit, frozen, adapter, loaded
         self.fsdp: Any = None
-        # The optimizer's parameters: views of the local shard, one a segment that the shard touches.
-        self.pieces: dict[str, tuple[Segment, int, nn.Parameter]] = {}
+        self.pieces: dict[str, Piece] = {}
+
+    @property
+    def flat(self) -> Any:
+        """The flat adapter parameter as it stands: a DTensor while it is sharded."""
+        return self.unit.modules[0]._parameters[FLAT]
 
     @property
     def local(self) -> Tensor:
         """This rank's shard of the flat adapter parameter."""
-        flat: Any = self.unit.modules[0]._parameters[FLAT]
-        local: Tensor = flat.to_local()
+        local: Tensor = self.flat.to_local()
         return local.detach()
-
-    def cut(self, shard: int) -> None:
-        """Lay the optimizer's parameters over the local shard, number `shard`."""
-        assert self.adapter is not None
-        local_N = self.local
-        start = shard * local_N.numel()
-        for segment in self.adapter.segments:
-            begin, end = max(segment.begin, start), min(segment.end, start + local_N.numel())
-            if begin < end:
-                piece = nn.Parameter(local_N[begin - start : end - start])
-                self.pieces[segment.name] = (segment, begin, piece)
 
     def set_gradients(self, shard: int) -> Tensor | None:
         """Point the optimizer's parameters at their gradients; this rank's shard of the gradient, or None."""
-        flat: Any = self.unit.modules[0]._parameters[FLAT]
-        if flat.grad is None:
+        if self.flat.grad is None:
             return None
-        grad_N: Tensor = flat.grad.to_local()
+        grad_N: Tensor = self.flat.grad.to_local()
         start = shard * grad_N.numel()
-        for _, begin, piece in self.pieces.values():
-            piece.grad = grad_N[begin - start : begin - start + piece.numel()]
+        for piece in self.pieces.values():
+            first = piece.begin - start
+            piece.parameter.grad = grad_N[first : first + piece.parameter.numel()]
         return grad_N
 
 
@@ -99,7 +90,7 @@ class FullyShard:
         self.reshard_after_forward, self.offload_shards = reshard_after_forward, offload_shards
         self.loaded = loaded or {}
         self.timeout = timeout
-        self.room = resident_bytes
+        self.resident_bytes_left = resident_bytes
 
     def apply(self, model: nn.Module, make_optimizer: OptimizerFactory) -> nn.Module:
         """See `Strategy.apply`."""
@@ -109,7 +100,7 @@ class FullyShard:
         self.shard_mesh = self.mesh["shard"]
         self.shard_rank = self.shard_mesh.get_local_rank()
         units = find_units(model)
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        names = trained_names(model)
         modules = {module for unit in units for module in unit.modules}
         self.units = [self._place(unit, names, modules - set(unit.modules)) for unit in units]
         for unit in self.units:
@@ -117,15 +108,18 @@ class FullyShard:
         self.root: Any = self.units[-1].fsdp
         self._set_prefetch([unit.fsdp for unit in self.units[:-1]])
         call_through_hooks(model, base)
-        pieces: dict[str, nn.Parameter] = {}
+        if self.device.type == "cuda":
+            # The units that were packed leave blocks of other sizes than training asks for.
+            torch.cuda.empty_cache()
+        adapters: list[FlatAdapter] = []
+        pieces: dict[str, Piece] = {}
         for unit in self.units:
             if unit.adapter is not None:
-                unit.cut(self.shard_rank)
-                pieces |= {name: piece for name, (_, _, piece) in unit.pieces.items()}
-        # A rank beyond the last block of a small adapter trains nothing, and optimizers refuse to be empty.
-        self.optimizer = make_optimizer(pieces or {"nothing": nn.Parameter(torch.zeros(1, device=self.device))})
-        self.in_8bit = {s.name: s.in_8bit for unit in self.units for s, _, _ in unit.pieces.values()}
-        init_optimizer_state(self.optimizer, pieces, self.in_8bit)
+                adapters.append(unit.adapter)
+                unit.pieces = cut(unit.adapter, self.shard_rank * unit.local.numel(), unit.local)
+                pieces |= unit.pieces
+        self.pieces = PieceOptimizer(adapters, pieces, make_optimizer, self.device, self.shard_mesh.get_group())
+        self.optimizer = self.pieces.optimizer
         return model
 
     def _place(self, unit: Unit, names: dict[nn.Parameter, str], apart: set[nn.Module]) -> ShardedUnit:
@@ -157,8 +151,8 @@ class FullyShard:
         whole = self.frozen == "replicate" and unit.frozen is not None
         ignored = {modules[0]._parameters[BYTES]} if whole else set()
         offload = self.offload_shards
-        if offload and unit.frozen is not None and unit.frozen.num_bytes // self.shards <= self.room:
-            self.room -= unit.frozen.num_bytes // self.shards
+        if offload and unit.frozen is not None and unit.frozen.num_bytes // self.shards <= self.resident_bytes_left:
+            self.resident_bytes_left -= unit.frozen.num_bytes // self.shards
             offload = False
         policy = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if offload else OffloadPolicy()
         unit.fsdp = modules[0]
@@ -169,11 +163,11 @@ class FullyShard:
             offload_policy=policy,
             ignored_params=ignored,  # type: ignore[arg-type]
         )
-        if unit.shard is not None:
+        if unit.loaded is not None:
             placed: Any = modules[0]._parameters[BYTES]
             placed = torch.empty_like(placed, device="cpu" if offload else self.device)
-            placed.to_local().copy_(unit.shard.view(CONTAINER))
-            unit.shard = None
+            placed.to_local().copy_(unit.loaded.view(CONTAINER))
+            unit.loaded = None
             modules[0]._parameters[BYTES] = nn.Parameter(placed, requires_grad=False)
         # The loss is over all ranks' tokens already, so gradients are summed and not averaged.
         unit.fsdp.set_gradient_divide_factor(1.0)
@@ -202,17 +196,7 @@ class FullyShard:
         grads = [
             grad for unit in self.units if unit.pieces and (grad := unit.set_gradients(self.shard_rank)) is not None
         ]
-        norms = [norm.to(self.device) for norm in torch._foreach_norm(grads)] if grads else [torch.zeros(1)]
-        squares = torch.stack(norms).square().sum().to(self.device)
-        # Over all copies, so that no copy gets a norm with another last bit and drifts from the rest.
-        dist.all_reduce(squares)
-        norm = (squares / (dist.get_world_size() // self.shards)).sqrt() / loss_scale
-        if max_norm > 0 or loss_scale != 1.0:
-            limit = torch.clamp(max_norm / (norm + 1e-6), max=1.0) if max_norm > 0 else torch.ones_like(norm)
-            # Offloaded units have their gradients on the host.
-            for device in {grad.device for grad in grads}:
-                torch._foreach_mul_([g for g in grads if g.device == device], (limit / loss_scale).to(device))
-        return norm
+        return clip_shards(grads, max_norm, loss_scale, self.device, copies=dist.get_world_size() // self.shards)
 
     def step(self, skip: bool) -> None:
         """See `Strategy.step`."""
@@ -220,100 +204,42 @@ class FullyShard:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for unit in self.units:
-            if unit.pieces or unit.adapter is not None:
-                unit.unit.modules[0]._parameters[FLAT].grad = None  # type: ignore[union-attr]
+            if unit.adapter is not None:
+                unit.flat.grad = None
 
     def full_adapter(self) -> dict[str, Tensor]:
         """See `Strategy.full_adapter`."""
+        self._reshard()
         state: dict[str, Tensor] = {}
         for unit in self.units:
             if unit.adapter is not None:
-                flat_N = self._whole(unit.local, self.shard_rank * unit.local.numel(), unit.adapter.numel).cpu()
+                start = self.shard_rank * unit.local.numel()
+                flat_N = whole(unit.local, start, unit.adapter.numel, self.device, self.shard_mesh.get_group())
                 state |= {w.key: unit.adapter.part(flat_N, w).clone() for w in unit.adapter.weights}
         return state
 
     def load_adapter(self, adapter: dict[str, Tensor]) -> None:
         """See `Strategy.load_adapter`."""
+        self._reshard()
         for unit in self.units:
             if unit.adapter is not None:
                 local_N = unit.local
                 start = self.shard_rank * local_N.numel()
                 local_N.copy_(unit.adapter.join(adapter)[start : start + local_N.numel()])
 
+    def _reshard(self) -> None:
+        """Free what a forward without a backward has left gathered, which would go on as it is after a change."""
+        for unit in self.units:
+            unit.fsdp.reshard()
+
     def full_state(self) -> FullState:
         """See `Strategy.full_state`."""
-        tensors: dict[str, Tensor] = {}
-        numbers: dict[str, float] = {}
-        keys = self._state_keys()
-        for unit in self.units:
-            for segment in [] if unit.adapter is None else unit.adapter.segments:
-                _, begin, piece = unit.pieces.get(segment.name, (segment, segment.begin, None))
-                mine: dict[str, Any] = {} if piece is None else self.optimizer.state[piece]
-                for key, what in keys[segment.name].items():
-                    if not isinstance(what, torch.dtype):
-                        for weight in segment.weights:
-                            (tensors if isinstance(what, Tensor) else numbers)[f"{weight.key}|{key}"] = what
-                        continue
-                    grain = grain_of(key)
-                    own = mine[key] if mine else torch.empty(0, dtype=what)
-                    whole = self._whole(own, (begin - segment.begin) // grain, (segment.end - segment.begin) // grain)
-                    tensors |= {f"{w.key}|{key}": part for w, part in segment.split(whole.cpu(), grain)}
-        return FullState(self.full_adapter(), tensors, numbers)
-
-    def _state_keys(self) -> dict[str, dict[str, Any]]:
-        """What each segment's optimizer state is made of: dtypes of what is sharded, and what is the same everywhere.
-
-        A rank whose shard misses a segment learns it from the others.
-        """
-        mine: dict[str, dict[str, Any]] = {}
-        for unit in self.units:
-            for name, (_, _, piece) in unit.pieces.items():
-                mine[name] = {
-                    key: value.dtype if isinstance(value, Tensor) and value.dim() else value
-                    for key, value in self.optimizer.state.get(piece, {}).items()
-                    if key not in CONSTANT_KEYS and value is not None
-                }
-        parts: list[Any] = [None] * self.shard_mesh.size()
-        dist.all_gather_object(parts, mine, group=self.shard_mesh.get_group())
-        return {name: keys for part in parts for name, keys in part.items()}
+        return self.pieces.full_state(self.full_adapter())
 
     def load_full_state(self, state: FullState) -> None:
         """See `Strategy.load_full_state`."""
         self.load_adapter(state.adapter)
-        tensors: dict[str, Tensor] = {}
-        numbers: dict[str, float] = {}
-        pieces: dict[str, nn.Parameter] = {}
-        keys: dict[str, list[str]] = {}
-        for full_name in (*state.optimizer, *state.optimizer_scalars):
-            name, _, key = full_name.rpartition("|")
-            keys.setdefault(name, []).append(key)
-        for unit in self.units:
-            for segment, begin, piece in unit.pieces.values():
-                pieces[segment.name] = piece
-                first = segment.weights[0].key
-                for key in keys.get(first, []):
-                    whole = state.optimizer.get(f"{first}|{key}")
-                    if whole is None:
-                        numbers[f"{segment.name}|{key}"] = state.optimizer_scalars[f"{first}|{key}"]
-                    elif whole.dim() == 0:
-                        tensors[f"{segment.name}|{key}"] = whole
-                    else:
-                        grain = grain_of(key)
-                        fill = zero_code(self.optimizer, key) if whole.dtype == torch.uint8 else 0
-                        parts = {w.key: state.optimizer[f"{w.key}|{key}"] for w in segment.weights}
-                        joined = segment.join(parts, grain, fill)
-                        from_ = (begin - segment.begin) // grain
-                        tensors[f"{segment.name}|{key}"] = joined[from_ : from_ + piece.numel() // grain]
-        load_optimizer_state(self.optimizer, pieces, tensors, numbers, self.in_8bit)
-
-    def _whole(self, mine: Tensor, offset: int, size: int) -> Tensor:
-        """The `size` elements that the ranks of a shard group hold parts of, this one `mine` from `offset` on."""
-        # Sums with zeros are exact for integers, and floats go as integers: no bit of theirs is lost.
-        as_int = torch.int32 if mine.dtype.itemsize == 4 else mine.dtype
-        whole = torch.zeros(size, dtype=as_int, device=self.device)
-        whole[offset : offset + mine.numel()] = mine.reshape(-1).view(as_int)
-        dist.all_reduce(whole, group=self.shard_mesh.get_group())
-        return whole.view(mine.dtype)
+        self.pieces.load(state)
 
 
 def make_mesh(device: torch.device, shards: int, timeout: timedelta | None = None) -> DeviceMesh:

@@ -41,13 +41,21 @@ def cut(adapter: FlatAdapter, start: int, shard_N: Tensor) -> dict[str, Piece]:
     return pieces
 
 
-def whole(mine: Tensor, offset: int, size: int, device: torch.device) -> Tensor:
-    """The `size` elements on the CPU that all ranks hold parts of, this one `mine` from `offset` on, bit for bit."""
+def whole(mine: Tensor, offset: int, size: int, device: torch.device, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The `size` elements that the ranks of `group` hold parts of, this one `mine` from `offset` on, bit for bit.
+
+    Args:
+        device: where they meet.
+        group: those who hold one copy together; all ranks where None.
+
+    Returns:
+        All of them, on the CPU.
+    """
     # Sums with zeros are exact for integers, and floats go as integers: no bit of theirs is lost.
     as_int = torch.int32 if mine.dtype.itemsize == 4 else mine.dtype
     everything = torch.zeros(size, dtype=as_int, device=device)
     everything[offset : offset + mine.numel()] = mine.detach().reshape(-1).view(as_int)
-    dist.all_reduce(everything)
+    dist.all_reduce(everything, group=group)
     return everything.cpu().view(mine.dtype)
 
 
@@ -58,6 +66,7 @@ class PieceOptimizer:
         adapters: those of all units, in the same order on every rank.
         pieces: this rank's, by segment name.
         device: where collectives take place.
+        group: the ranks that hold one copy together; all of them where None.
     """
 
     def __init__(
@@ -66,8 +75,9 @@ class PieceOptimizer:
         pieces: dict[str, Piece],
         make_optimizer: OptimizerFactory,
         device: torch.device,
+        group: dist.ProcessGroup | None = None,
     ):
-        self.adapters, self.pieces, self.device = adapters, pieces, device
+        self.adapters, self.pieces, self.device, self.group = adapters, pieces, device, group
         self.parameters = {name: piece.parameter for name, piece in pieces.items()}
         # A rank beyond the last block of a small adapter trains nothing, and optimizers refuse to be empty.
         trained = self.parameters or {"nothing": nn.Parameter(torch.zeros(1, device=device))}
@@ -94,7 +104,7 @@ class PieceOptimizer:
                 grain = grain_of(key)
                 own = mine[key] if piece is not None else torch.empty(0, dtype=what)
                 offset = 0 if piece is None else (piece.begin - segment.begin) // grain
-                everything = whole(own, offset, (segment.end - segment.begin) // grain, self.device)
+                everything = whole(own, offset, (segment.end - segment.begin) // grain, self.device, self.group)
                 tensors |= {f"{w.key}|{key}": part for w, part in segment.split(everything, grain)}
         return FullState(adapter, tensors, numbers)
 
@@ -143,11 +153,40 @@ class PieceOptimizer:
             }
             for name, piece in self.pieces.items()
         }
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, mine)
+        parts: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(parts, mine, group=self.group)
         return {name: keys for part in parts for name, keys in part.items()}
 
 
 def grain_of(key: str) -> int:
     """Elements of a weight that one element of the optimizer state `key` stands for."""
     return BLOCK if key.startswith("absmax") else 1
+
+
+def clip_shards(
+    grads: list[Tensor], max_norm: float, loss_scale: float, device: torch.device, factor: float = 1.0, copies: int = 1
+) -> Tensor:
+    """Multiply this rank's parts of the gradients by `factor`, divide by `loss_scale`, and clip them.
+
+    Args:
+        grads: on the device or, offloaded, on the host; none where this rank trains nothing.
+        max_norm: of the gradients over all ranks; 0 leaves them unclipped.
+        copies: so many ranks hold each part.
+
+    Returns:
+        Their norm over all ranks before clipping, a scalar on `device`.
+    """
+    by_device = {place: [grad for grad in grads if grad.device == place] for place in {grad.device for grad in grads}}
+    squares = torch.zeros((), device=device)
+    for on_device in by_device.values():
+        squares += torch.stack(torch._foreach_norm(on_device)).square().sum().to(device)
+    # Over all copies, so that no copy gets a norm with another last bit and drifts from the rest.
+    dist.all_reduce(squares)
+    norm = (squares / copies).sqrt() * (factor / loss_scale)
+    if max_norm > 0:
+        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0) * (factor / loss_scale)
+        for place, on_device in by_device.items():
+            torch._foreach_mul_(on_device, scale.to(place))
+    elif factor != loss_scale and grads:
+        torch._foreach_mul_(grads, factor / loss_scale)
+    return norm

@@ -18,17 +18,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qlora_dist.shard.deepspeed import SteppedByPieces, clip_shards, library
-from qlora_dist.shard.flat import FLAT, FlatAdapter
+from qlora_dist.shard.deepspeed import SteppedByPieces, library
+from qlora_dist.shard.flat import FLAT, FlatAdapter, trained_names
 from qlora_dist.shard.frozen import BYTES, FrozenUnit, Shards
-from qlora_dist.shard.pieces import PieceOptimizer, cut, whole
+from qlora_dist.shard.pieces import PieceOptimizer, clip_shards, cut, whole
 from qlora_dist.shard.strategy import FullState, OptimizerFactory
 from qlora_dist.shard.units import Unit, base_of, call_through_hooks, find_units
 
 
 @dataclass(frozen=True)
-class Span:
-    """A run of this rank's partition: `size` elements from `offset` on, those of `adapter` from `start` on."""
+class Stretch:
+    """A stretch of this rank's partition: `size` elements from `offset` on, those of `adapter` from `start` on."""
 
     adapter: FlatAdapter
     start: int
@@ -89,11 +89,11 @@ class Zero2:
             for module in unit.unit.modules:
                 self._register_views(unit, module)
         self.partition: Tensor = self._own_partition()
-        self.spans = list(self._spans())
+        self.stretches = list(self._stretches())
         stepped.layout = [
-            (piece, span.offset + piece.begin - span.start)
-            for span in self.spans
-            for piece in cut(span.adapter, span.start, self._part(span)).values()
+            (piece, stretch.offset + piece.begin - stretch.start)
+            for stretch in self.stretches
+            for piece in cut(stretch.adapter, stretch.start, self._part(stretch)).values()
         ]
         pieces = {piece.segment.name: piece for piece, _ in stepped.layout}
         self.pieces = stepped.ours = PieceOptimizer(self.adapters, pieces, make_optimizer, self.device)
@@ -103,7 +103,7 @@ class Zero2:
 
     def _place(self, model: nn.Module, deepspeed: Any) -> list[ZeroUnit]:
         found = find_units(model)
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        names = trained_names(model)
         modules = {module for unit in found for module in unit.modules}
         placed = [self._place_unit(unit, names, modules - set(unit.modules)) for unit in found]
         call_through_hooks(model, base_of(model))
@@ -127,16 +127,16 @@ class Zero2:
                 flat_of(adapter)._hp_mapping = None  # type: ignore[attr-defined]
         return partition  # type: ignore[no-any-return]
 
-    def _spans(self) -> Iterator[Span]:
+    def _stretches(self) -> Iterator[Stretch]:
         end = -dist.get_rank() * self.partition.numel()
         for adapter in self.adapters:
             begin, end = end, end + adapter.numel
             first, last = max(begin, 0), min(end, self.partition.numel())
             if first < last:
-                yield Span(adapter, first - begin, first, last - first)
+                yield Stretch(adapter, first - begin, first, last - first)
 
-    def _part(self, span: Span) -> Tensor:
-        return self.partition.detach()[span.offset : span.offset + span.size]
+    def _part(self, stretch: Stretch) -> Tensor:
+        return self.partition.detach()[stretch.offset : stretch.offset + stretch.size]
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         """See `Strategy.backward`."""
@@ -147,7 +147,7 @@ class Zero2:
     def clip(self, max_norm: float, loss_scale: float) -> Tensor:
         """See `Strategy.clip`."""
         self.zero.finalize_gradient_accumulation_boundary()
-        return clip_shards(self._gradients(), self.factor, max_norm, loss_scale, self.device)
+        return clip_shards(self._gradients(), max_norm, loss_scale, self.device, self.factor)
 
     def _gradients(self) -> list[Tensor]:
         if self.partition.grad is not None:
@@ -162,18 +162,18 @@ class Zero2:
 
     def full_adapter(self) -> dict[str, Tensor]:
         """See `Strategy.full_adapter`."""
-        mine = {id(span.adapter): span for span in self.spans}
+        mine = {id(stretch.adapter): stretch for stretch in self.stretches}
         state: dict[str, Tensor] = {}
         for adapter in self.adapters:
-            span = mine.get(id(adapter), Span(adapter, 0, 0, 0))
-            flat_N = whole(self._part(span), span.start, adapter.numel, self.device)
+            stretch = mine.get(id(adapter), Stretch(adapter, 0, 0, 0))
+            flat_N = whole(self._part(stretch), stretch.start, adapter.numel, self.device)
             state |= {weight.key: adapter.part(flat_N, weight).clone() for weight in adapter.weights}
         return state
 
     def load_adapter(self, adapter: dict[str, Tensor]) -> None:
         """See `Strategy.load_adapter`."""
-        for span in self.spans:
-            self._part(span).copy_(span.adapter.join(adapter)[span.start : span.start + span.size])
+        for stretch in self.stretches:
+            self._part(stretch).copy_(stretch.adapter.join(adapter)[stretch.start : stretch.start + stretch.size])
         self._spread_partitions()
 
     def _spread_partitions(self) -> None:
@@ -296,11 +296,11 @@ class Zero3(Zero2):
             partition.data = shard.data
         return partition  # type: ignore[no-any-return]
 
-    def _spans(self) -> Iterator[Span]:
+    def _stretches(self) -> Iterator[Stretch]:
         offset = 0
         for adapter in self.adapters:
             size = adapter.numel // dist.get_world_size()
-            yield Span(adapter, dist.get_rank() * size, offset, size)
+            yield Stretch(adapter, dist.get_rank() * size, offset, size)
             offset += size
 
     def _spread_partitions(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from qlora_dist.config.schema import AdapterConfig, ModelConfig, TrainConfig
 from qlora_dist.model.adapter import attach_adapter
@@ -165,6 +166,42 @@ def test_a_rank_of_four_holds_a_quarter(base: Path) -> None:
     assert whole > 2_000_000
     assert max(held) < 1.05 * whole / 4, held
     assert min(held) > 0.95 * whole / 4, held
+
+
+def bytes_held_twice(rank: int, base: Path, options: dict[str, Any]) -> tuple[int, int, int]:
+    """Bytes of the base as it was loaded: after it has been spread, the most at once beside its bytes, of a unit."""
+    model = make_model(base)
+    originals = [
+        (StorageWeakRef(part.untyped_storage()), part.untyped_storage().nbytes())
+        for parameter in model.parameters()
+        if not parameter.requires_grad
+        for _, part in frozen._parts(parameter)
+    ]
+    packed: list[int] = []
+    most = 0
+    place = frozen.FrozenUnit.place
+
+    def measured(unit: frozen.FrozenUnit, bytes_B: Tensor, *container: Any) -> None:
+        nonlocal most
+        place(unit, bytes_B, *container)
+        packed.append(unit.num_bytes)
+        most = max(most, sum(packed) + sum(size for storage, size in originals if not storage.expired()))
+
+    frozen.FrozenUnit.place = measured  # type: ignore[method-assign]
+    gc.collect()
+    # On a GPU nobody waits for the collector either: what only it can free is still there in the first steps.
+    gc.disable()
+    FullyShard(2, **options).apply(model, lambda named: build_optimizer(named, TrainConfig(optim="adamw_8bit")))
+    left = sum(size for storage, size in originals if not storage.expired())
+    return left, most - sum(size for _, size in originals), max(packed)
+
+
+@pytest.mark.parametrize("options", [{}, {"frozen": "replicate"}])
+def test_no_more_than_a_unit_of_the_base_is_held_twice(base: Path, options: dict[str, Any]) -> None:
+    for left, most, unit in in_group(2, bytes_held_twice, base, options):
+        assert left == 0
+        # Beside the largest unit: padding.
+        assert most < 1.05 * unit
 
 
 def train_little(rank: int, base: Path) -> tuple[float, dict[str, Tensor]]:

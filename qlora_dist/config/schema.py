@@ -230,13 +230,17 @@ class ShardConfig(Section):
         "auto", description="`auto`: none for one worker, else ddp."
     )
     frozen: Literal["auto", "shard", "replicate"] = Field(
-        "auto", description="The frozen base under fsdp and hybrid: `replicate` where it fits is faster."
+        "auto",
+        description="The frozen base under fsdp and hybrid: `replicate` where it fits is faster. `auto` does where it "
+        "takes at most a quarter of the memory that is free on each GPU (or of train.memory_budget_gib).",
     )
     hybrid_shard_size: PositiveInt | None = Field(
         None, description="hybrid: workers that hold one copy together; those of a node where unset."
     )
-    reshard_after_forward: bool = Field(
-        True, description="fsdp, hybrid: free a layer's gathered weights after its forward and gather them once more."
+    reshard_after_forward: bool | None = Field(
+        None,
+        description="fsdp, hybrid: free a layer's gathered weights after its forward and gather them once more. Where "
+        "unset: of a sharded base yes, of a replicated one no.",
     )
     prefetch_layers: NonNegativeInt = Field(
         1, description="fsdp, hybrid: gather so many layers ahead of the one that computes."

@@ -19,6 +19,7 @@ from qlora_dist.config.schema import RunConfig
 from qlora_dist.model.adapter import weights_read_at_attach
 from qlora_dist.model.tensors import DTYPES, LazyTensor
 from qlora_dist.shard.frozen import FrozenUnit, Shards, own_modules
+from qlora_dist.shard.replication import Frozen, decide, is_open
 from qlora_dist.shard.strategy import base_shards
 from qlora_dist.shard.units import Unit, find_units
 
@@ -30,6 +31,8 @@ CPU = torch.device("cpu")
 # Some network stacks refuse single messages beyond 2 GiB.
 LARGEST_MESSAGE = 2**28
 LONGEST_SILENCE_S = 10.0
+# What the rank that reads a tensor says of it.
+READING, READ, FAILED = range(3)
 
 
 class NodeReader:
@@ -51,7 +54,7 @@ class NodeReader:
         """See `Placement.once`. However long it takes: the rank that makes it says that it lives."""
         outcome: tuple[Any, UserError | None] | None = None
         if self.reads:
-            with self._signs_of_life():
+            with self._signs_of_life(lambda: self._say(None)):
                 outcome = _outcome_of(make)
             self._say(outcome)
         while outcome is None:
@@ -77,13 +80,16 @@ class NodeReader:
     def _sent(
         self, number: int, source: LazyTensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """Tensor `number` on `device`, read from `source` or received."""
-        tensor, error = (None, None) if source is None else _outcome_of(lambda: source[...])
-        asked = torch.tensor([number, error is not None])
-        dist.broadcast(asked, self.ranks[0], self.group)
-        if asked[0] != number:
-            raise RuntimeError(f"rank {self.ranks[0]} reads tensor {asked[0]} where this rank asks for {number}")
-        if asked[1]:
+        """Tensor `number` on `device`, read from `source`, however long that takes, or received."""
+        tensor, error = None, None
+        if source is None:
+            while (state := self._tell(number, READING)) == READING:
+                pass
+        else:
+            with self._signs_of_life(lambda: self._tell(number, READING)):
+                tensor, error = _outcome_of(lambda: source[...])
+            state = self._tell(number, READ if error is None else FAILED)
+        if state == FAILED:
             raise self._say(error)
         if tensor is None:
             tensor = torch.empty(shape, dtype=dtype, device=device)
@@ -97,13 +103,21 @@ class NodeReader:
         dist.broadcast_object_list(box, self.ranks[0], self.group, CPU)
         return box[0]
 
+    def _tell(self, number: int, state: int) -> int:
+        """How the rank that reads stands with tensor `number`."""
+        told = torch.tensor([number, state])
+        dist.broadcast(told, self.ranks[0], self.group)
+        if told[0] != number:
+            raise RuntimeError(f"rank {self.ranks[0]} reads tensor {told[0]} where this rank asks for {number}")
+        return int(told[1])
+
     @contextmanager
-    def _signs_of_life(self) -> Iterator[None]:
+    def _signs_of_life(self, give: Callable[[], Any]) -> Iterator[None]:
         done = Event()
 
         def tick() -> None:
             while not done.wait(self.tick_s):
-                self._say(None)
+                give()
 
         with ThreadPoolExecutor(1) as thread:
             ticking = thread.submit(tick)
@@ -121,9 +135,12 @@ class NodePlacement:
         reader: the node's; None where this rank reads for itself.
         shard, num_shards: which part of each unit this rank keeps; of one it keeps all, as it is.
         stays_whole: whether the module of a name is left as it is, weights and all.
+        frozen: `replicate` where each rank keeps the whole base though the strategy shards.
+        decide: where that is open, what to ask as soon as the model is known; see `replication.decide`.
 
     Attributes:
         loaded: this rank's shard of each unit that has been packed, by the unit's name.
+        reason: why `frozen` was decided so, for a person; None where nothing was.
     """
 
     def __init__(
@@ -132,8 +149,12 @@ class NodePlacement:
         shard: int,
         num_shards: int,
         stays_whole: Callable[[str], bool] = lambda _: False,
+        frozen: Frozen = "shard",
+        decide: Callable[["PreTrainedModel"], tuple[Frozen, str | None]] | None = None,
     ):
         self.reader, self.shard, self.num_shards, self.stays_whole = reader, shard, num_shards, stays_whole
+        self.frozen, self.decide = frozen, decide
+        self.reason: str | None = None
         self.loaded: Shards = {}
         self.waiting: list[tuple[Unit, list[tuple[nn.Module, str]]]] | None = None
         self.apart: set[nn.Module] = set()
@@ -153,6 +174,11 @@ class NodePlacement:
 
     def filling(self, model: "PreTrainedModel") -> None:
         """See `Placement.filling`."""
+        if self.decide is not None:
+            self.frozen, self.reason = self.decide(model)
+            self.decide = None
+            if self.frozen == "replicate":
+                self.shard, self.num_shards = 0, 1
         if self.num_shards == 1:
             return
         if self.waiting is None:
@@ -204,9 +230,9 @@ class NodePlacement:
 
 
 def make_placement(
-    config: RunConfig, rank: int, world_size: int, local_rank: int, local_world_size: int
+    config: RunConfig, rank: int, world_size: int, local_rank: int, local_world_size: int, device: torch.device = CPU
 ) -> NodePlacement:
-    """How the workers of `config` load their base; all of them call it together."""
+    """How the workers of `config` load their base onto `device`; all of them call it together."""
     num_shards = base_shards(config, world_size, local_world_size)
     reader = None
     if world_size > 1:
@@ -219,7 +245,12 @@ def make_placement(
         ]
         mine, group = next((ranks, group) for ranks, group in zip(nodes, groups, strict=True) if rank in ranks)
         reader = NodeReader(mine, rank, group, timeout_s) if len(mine) > 1 else None
-    return NodePlacement(reader, rank % num_shards, num_shards, weights_read_at_attach(config.adapter))
+    return NodePlacement(
+        reader, rank % num_shards, num_shards, weights_read_at_attach(config.adapter),
+        frozen="replicate" if config.shard.frozen == "replicate" else "shard",
+        decide=partial(decide, device=device, budget_gib=config.train.memory_budget_gib)
+        if is_open(config, num_shards) else None,
+    )  # fmt: skip
 
 
 def ranks_by_node(world_size: int, local_rank: int) -> list[list[int]]:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.shard.frozen import Shards
+from qlora_dist.shard.replication import Frozen
 
 # Of a memory budget, what offloaded shards may use of the device; gathered units and activations need the rest.
 RESIDENT_SHARE = 0.4
@@ -73,6 +74,8 @@ class Strategy(Protocol):
 def base_shards(config: RunConfig, world_size: int, local_world_size: int) -> int:
     """Over how many workers one copy of the base is spread; neighbouring ranks hold it together, in their order.
 
+    Where `shard.frozen` is auto, as long as nobody decided to replicate it.
+
     Raises:
         UserError: see `workers_of_a_copy`.
     """
@@ -97,13 +100,22 @@ def workers_of_a_copy(config: RunConfig, world_size: int, local_world_size: int)
     return size
 
 
-def make_strategy(config: RunConfig, world_size: int, local_world_size: int, loaded: Shards | None = None) -> Strategy:
+def make_strategy(
+    config: RunConfig,
+    world_size: int,
+    local_world_size: int,
+    loaded: Shards | None = None,
+    frozen: Frozen | None = None,
+) -> Strategy:
     """The strategy that `config` names; all but none need an initialised process group.
 
     Args:
         loaded: units that were cut into `base_shards` shards when they were loaded, by name.
+        frozen: what has been decided where `shard.frozen` is auto; auto shards where it is None.
     """
     shard = config.shard
+    if frozen is None:
+        frozen = "replicate" if shard.frozen == "replicate" else "shard"
     match config.strategy:
         case "none":
             from qlora_dist.shard.none import Unsharded
@@ -118,8 +130,11 @@ def make_strategy(config: RunConfig, world_size: int, local_world_size: int, loa
 
             return FullyShard(
                 workers_of_a_copy(config, world_size, local_world_size),
-                frozen="replicate" if shard.frozen == "replicate" else "shard",
-                reshard_after_forward=shard.reshard_after_forward,
+                frozen=frozen,
+                # What is left to gather of a replicated base's units, the adapter, is small.
+                reshard_after_forward=frozen == "shard"
+                if shard.reshard_after_forward is None
+                else shard.reshard_after_forward,
                 prefetch=shard.prefetch_layers,
                 offload_shards="shards" in shard.offload,
                 resident_bytes=int((config.train.memory_budget_gib or 0) * 2**30 * RESIDENT_SHARE),

@@ -112,7 +112,9 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
     check_shared(worker.run_dir, worker.nonce)
     resume_from = agree(worker, resume_path(config, worker, note) if lead else None)
 
-    placement = make_placement(config, worker.rank, worker.world_size, worker.local_rank, worker.local_world_size)
+    placement = make_placement(
+        config, worker.rank, worker.world_size, worker.local_rank, worker.local_world_size, worker.device
+    )
     folder = placement.once(partial(resolve_base, config.model))
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
     train_table, eval_table = prepare_data(config.data, tokenizer, config.seed)
@@ -123,6 +125,8 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
 
     dtype = compute_dtype(config.model, worker.device)
     base = load_base(config.model, folder, worker.device, config.adapter, placement)
+    if placement.reason is not None:
+        note("notice", placement.reason)
     check_vocabulary(base, tokenizer, [table for table in (train_table, eval_table) if table is not None])
     adapted = attach_adapter(base, config.adapter, config.seed, config.model.revision)
     if config.train.gradient_checkpointing:
@@ -142,7 +146,7 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
 
     if config.strategy == "none" and worker.world_size > 1:
         raise ValueError(f"strategy none with {worker.world_size} workers would train {worker.world_size} adapters")
-    strategy = make_strategy(config, worker.world_size, worker.local_world_size, placement.loaded)
+    strategy = make_strategy(config, worker.world_size, worker.local_world_size, placement.loaded, placement.frozen)
     # DeepSpeed offloads the optimizer in its own way.
     on_host = "optimizer" in config.shard.offload and not config.strategy.startswith("zero")
     make_optimizer = partial(build_optimizer, config=config.train, notice=partial(note, "notice"), on_host=on_host)

@@ -16,8 +16,9 @@ STEPS, BATCH = 10, 5
 # World size and what `shard` holds beside the strategy.
 STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp": (2, {}),
-    "fsdp": (2, {}),
-    "hybrid": (4, {"hybrid_shard_size": 2}),
+    # On GPUs `auto` would replicate a small base.
+    "fsdp": (2, {"frozen": "shard"}),
+    "hybrid": (4, {"hybrid_shard_size": 2, "frozen": "shard"}),
     "zero2": (2, {}),
     "zero3": (2, {}),
 }

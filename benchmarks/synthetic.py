@@ -11,7 +11,6 @@ trains two steps while writing the NF4 cache and two from it, and reads the proc
 
 import argparse
 import json
-import random
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,8 @@ import psutil
 import torch
 import transformers
 
+from qlora_dist.bench.watch import anonymous_bytes
+from qlora_dist.bench.workload import write_rows
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.coordinate.report import read_status
 from qlora_dist.model.base import load_base
@@ -32,17 +33,6 @@ from qlora_dist.model.resolve import resolve_base
 from qlora_dist.track.metrics import read_metrics
 
 SETTINGS = Path(__file__).with_name("synthetic.yaml")
-
-
-def write_rows(path: Path, rows: int = 256, words: int = 4000) -> None:
-    """Rows of random words, each longer than a pack of 2,048 tokens."""
-    draw = random.Random(0)
-    vocabulary = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(5000)]
-    with path.open("w", encoding="utf-8") as file:
-        for _ in range(rows):
-            file.write(
-                json.dumps({"prompt": "write", "completion": " ".join(draw.choices(vocabulary, k=words))}) + "\n"
-            )
 
 
 def train(settings: list[str]) -> dict[str, Any]:
@@ -133,17 +123,6 @@ def cache(name: str) -> dict[str, Any]:
             }
         result["cache_gib"] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**30
     return result
-
-
-def anonymous_bytes(pid: int) -> int:
-    """A process's memory without page cache: its anonymous pages, private and shared."""
-    try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return sum(
-        int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(("Anonymous:", "Pss_Shmem:"))
-    )
 
 
 def main() -> None:

@@ -57,6 +57,7 @@ class Heartbeat:
                 phase=self.phase,
                 seconds_in_phase=time.monotonic() - self._since,
                 memory_bytes=memory_bytes(self.device),
+                memory_reserved_bytes=reserved_bytes(self.device),
                 **self.metrics,
             )
         except (ConnectionError, CoordinatorError) as error:
@@ -72,3 +73,8 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """Peak bytes that PyTorch's allocator held of a GPU, in use or not; 0 on a CPU."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0

@@ -1,6 +1,7 @@
 """Every error that a person can mend, by its code: the sentence and the mend. docs/errors.md is made from it."""
 
 from qlora_dist.config.catalogue.adapter import ADAPTER
+from qlora_dist.config.catalogue.benchmarks import BENCHMARKS
 from qlora_dist.config.catalogue.checkpoint import CHECKPOINT
 from qlora_dist.config.catalogue.configuration import CONFIGURATION
 from qlora_dist.config.catalogue.contradictions import CONTRADICTIONS
@@ -24,6 +25,7 @@ AREAS: dict[str, dict[str, Mendable]] = {
     "Adapters": ADAPTER,
     "Checkpoints and the run folder": CHECKPOINT,
     "Looking at runs": TRACKING,
+    "Benchmarks": BENCHMARKS,
 }
 CATALOGUE: dict[str, Mendable] = {code: entry for area in AREAS.values() for code, entry in area.items()}
 

@@ -1,0 +1,138 @@
+"""Points of `qlora-dist train`, each in processes of its own: tokens/s, seconds a step and memory of each."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qlora_dist.bench.document import Record, write
+from qlora_dist.bench.plane import OURS, Spot
+from qlora_dist.bench.sweep import Point
+from qlora_dist.bench.watch import watched
+from qlora_dist.coordinate.report import read_status
+from qlora_dist.track.metrics import read_metrics
+
+# What the log of a run says that ended for want of GPU memory, its own words and PyTorch's.
+OUT_OF_MEMORY = ("ran out of memory", "CUDA out of memory", "OutOfMemoryError", "CUBLAS_STATUS_ALLOC_FAILED")
+TAIL = 3000
+NO_TIME = "no time left"
+# Less than this is not enough for a process to import PyTorch.
+LEAST_S = 15.0
+
+
+def measure(point: Point, settings: Path, scratch: Path, warm_up: int, limit_s: float, number: int = 0) -> Record:
+    """Run `qlora-dist train` with the point's overrides; what went wrong is in the record.
+
+    Args:
+        settings: the YAML file that the overrides change.
+        warm_up: steps before those that are measured.
+        number: tells the folders of the points apart.
+
+    Returns:
+        the point, outcome ("ok", "out of memory", "over the time limit" or "failed"), seconds, gpu_total_gib,
+        host_peak_gib and, if it is ok, what `step_figures` says.
+    """
+    run_dir = scratch / f"run-{number:03d}"
+    log = run_dir.with_suffix(".log")
+    command = [sys.executable, "-m", "qlora_dist.cli", "train", str(settings), *point.overrides]
+    started = time.time()
+    ended = watched([*command, f"output_dir={run_dir}"], log, limit_s, point.environment)
+    record: Record = {
+        "name": point.name,
+        "overrides": point.overrides,
+        "environment": point.environment,
+        "outcome": outcome(ended.code, ended.over_limit, log),
+        "seconds": ended.seconds,
+        "gpu_total_gib": ended.gpu_peak_gib,
+        "host_peak_gib": ended.host_peak_gib,
+    }
+    if record["outcome"] != "ok":
+        return record | {"exit_code": ended.code, "log_tail": log.read_text(errors="replace")[-TAIL:]}
+    return record | step_figures(run_dir, warm_up, started)
+
+
+def outcome(code: int, over_limit: bool, log: Path) -> str:
+    """A command's end in a word or two."""
+    if over_limit:
+        return "over the time limit"
+    if code == 0:
+        return "ok"
+    told = log.read_text(errors="replace")
+    return "out of memory" if any(sign in told for sign in OUT_OF_MEMORY) else "failed"
+
+
+def step_figures(run_dir: Path, warm_up: int, started: float) -> Record:
+    """Medians over the steps after `warm_up`, and the ranks' largest peaks, from a finished run's folder.
+
+    Returns:
+        tokens_per_second (non-padding, all ranks together) and loss_tokens_per_second, tokens_per_second_spread,
+        seconds_per_step, steps (measured ones), workers, peak_allocated_gib and peak_reserved_gib (of PyTorch's
+        allocator; None on a CPU), seconds_to_first_step (from `started`), losses, grad_norms.
+    """
+    steps = [record for record in read_metrics(run_dir) if "loss" in record]
+    measured, ranks = steps[warm_up:], read_status(run_dir)["ranks"]
+    speeds = [step["tokens_per_second"] for step in measured]
+    on_gpu = any(rank.get("memory_reserved_bytes") for rank in ranks)
+    return {
+        "tokens_per_second": statistics.median(speeds),
+        "tokens_per_second_spread": [min(speeds), max(speeds)],
+        "loss_tokens_per_second": statistics.median(step["loss_tokens_per_second"] for step in measured),
+        "seconds_per_step": statistics.median(step["seconds_per_step"] for step in measured),
+        "steps": len(measured),
+        "workers": len(ranks),
+        "peak_allocated_gib": _largest(ranks, "memory_bytes") if on_gpu else None,
+        "peak_reserved_gib": _largest(ranks, "memory_reserved_bytes") if on_gpu else None,
+        "seconds_to_first_step": steps[0]["time"] - started,
+        "losses": [step["loss"] for step in steps],
+        "grad_norms": [step["grad_norm"] for step in steps],
+    }
+
+
+def _largest(ranks: list[dict[str, Any]], key: str) -> float:
+    return float(max(rank.get(key) or 0 for rank in ranks)) / 2**30
+
+
+def run_points(
+    points: list[Point],
+    document: dict[str, Any],
+    out: Path,
+    measure_one: Callable[[Point, float], Record],
+    point_limit_s: float,
+    limit_s: float,
+    tell: Callable[[Record], None],
+) -> None:
+    """Measure the points that `document` has no good record of, in their order, into `document` and `out`.
+
+    A point gets `point_limit_s` seconds, or what is left of `limit_s` for all of them; one that nothing is left for
+    is a record that says so, and is measured when the command is run again with --resume.
+    """
+    started = time.monotonic()
+    done = {record["name"] for record in document["records"] if record["outcome"] != NO_TIME}
+    document["records"] = [record for record in document["records"] if record["name"] in done]
+    for point in points:
+        if point.name in done:
+            continue
+        left_s = limit_s - (time.monotonic() - started)
+        if left_s < LEAST_S:
+            record: Record = {"name": point.name, "overrides": point.overrides, "outcome": NO_TIME}
+        else:
+            record = measure_one(point, min(point_limit_s, left_s))
+        document["records"].append(record)
+        write(out, document)
+        tell(record)
+
+
+def spots(document: dict[str, Any], series: str = OURS) -> list[Spot]:
+    """The points of the plane, by what PyTorch allocated; on a CPU by the host's peak. Tokens/s a worker."""
+    records = [record for record in document["records"] if record["outcome"] == "ok"]
+    return [
+        Spot(
+            series,
+            record["name"],
+            record["peak_allocated_gib"] or record["host_peak_gib"],
+            record["tokens_per_second"] / record["workers"],
+        )
+        for record in records
+    ]

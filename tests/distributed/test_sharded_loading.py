@@ -22,6 +22,7 @@ from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.model.adapter import attach_adapter
 from qlora_dist.model.base import load_base
+from qlora_dist.model.tensors import LazyTensor
 from qlora_dist.model.weights import weight_files
 from qlora_dist.optim.optimizers import build_optimizer
 from qlora_dist.shard.frozen import FrozenUnit
@@ -165,19 +166,32 @@ def slow_and_failing(rank: int, config: RunConfig) -> tuple[list[str], str]:
     def failing() -> None:
         raise UserError("source-missing", field="data.train", place=f"of rank {rank}", kinds="a file")
 
+    def slow_read() -> torch.Tensor:
+        slow()
+        return torch.full((2,), 5.0 + rank)
+
+    def damaged() -> torch.Tensor:
+        raise UserError("source-missing", field="model.name", place="of a tensor", kinds="a file")
+
     made = [reader.once(slow), reader.once(lambda: f"again by {rank}")]
     with pytest.raises(UserError) as raised:
         reader.once(failing)
-    return made, raised.value.message
+    sources = {"slow": slow_read, "quick": lambda: torch.tensor([1.0 + rank, 0.0]), "damaged": damaged}
+    tensors = reader.share(lambda: {name: LazyTensor((2,), "F32", make) for name, make in sources.items()}, CPU)
+    made += [str(tensors["slow"][...].tolist()), str(tensors["quick"][...].tolist())]
+    with pytest.raises(UserError) as damage:
+        tensors["damaged"][...]
+    return made, raised.value.message + damage.value.message
 
 
-def test_what_one_rank_makes_may_take_longer_than_a_collective(base: Path, tmp_path: Path) -> None:
-    launch = {"backend": "torchrun", "num_workers": 2, "collective_timeout_s": 8}
+def test_what_one_rank_makes_or_reads_may_take_longer_than_a_collective(base: Path, tmp_path: Path) -> None:
+    launch = {"backend": "torchrun", "num_workers": 2, "collective_timeout_s": 4}
     config = sharded_config(tmp_path, base, launch=launch)
-    first, second = in_group(2, slow_and_failing, config, collective_timeout_s=8)
+    first, second = in_group(2, slow_and_failing, config, collective_timeout_s=4)
     assert first == second
-    assert first[0] == ["made by 0", "again by 0"]
+    assert first[0] == ["made by 0", "again by 0", "[5.0, 5.0]", "[1.0, 0.0]"]
     assert "of rank 0" in first[1]
+    assert "of a tensor" in first[1]
 
 
 def nodes_of(rank: int, local_ranks: list[int]) -> list[list[int]]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -130,6 +130,8 @@ class FrozenUnit:
                 del owner._parameters[name]
                 owner.__dict__[name] = tensor.weight
                 owner.__dict__[f"current_{name}"] = partial(self.current, tensor)
+                if is_4bit(tensor.weight):
+                    owner.__class__ = _keeping_its_weight(type(owner))  # type: ignore[arg-type]
                 if isinstance(owner, nn.Linear) and name == "weight":
                     forward = _linear_forward(owner, tensor)
                     # A fused head wraps whatever the plain forward is.
@@ -198,6 +200,17 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         return grad @ ctx.weight().to(grad.dtype), None, None
+
+
+@cache
+def _keeping_its_weight(kind: type[nn.Module]) -> Any:
+    """`kind`, whose weight nobody sets: PEFT's DoRA gives a layer on a CPU its own weight back, as a parameter."""
+
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
+        if name != "weight":
+            kind.__setattr__(self, name, value)
+
+    return type(kind.__name__, (kind,), {"__setattr__": __setattr__, "__module__": kind.__module__})
 
 
 def _linear_forward(layer: Any, tensor: FrozenTensor) -> Callable[[Tensor], Tensor]:

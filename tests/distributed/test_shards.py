@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from qlora_dist.config.schema import AdapterConfig, ModelConfig, TrainConfig
+from qlora_dist.config.schema import AdapterConfig, ModelConfig, RunConfig, TrainConfig
 from qlora_dist.model.adapter import attach_adapter
 from qlora_dist.model.base import linear4bit_layers, load_base
 from qlora_dist.optim.optimizers import build_optimizer
 from qlora_dist.shard import frozen
 from qlora_dist.shard.fsdp import FullyShard
 from qlora_dist.shard.none import Unsharded
+from qlora_dist.shard.strategy import make_strategy
 from tests.distributed.gloo import in_group
 from tests.tiny import make_tiny_model
 
@@ -230,3 +231,31 @@ def test_an_adapter_of_fewer_blocks_than_ranks(base: Path) -> None:
         assert ours.keys() == state.keys()
         for name, tensor in state.items():
             torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-7)
+
+
+def train_dora(rank: int, base: Path, name: str) -> list[tuple[float, float]]:
+    """Loss and gradient norm of two steps."""
+    values = {"model": {"name": "m"}, "data": {"train": "rows.jsonl"}, "shard": {"strategy": name}}
+    workers = torch.distributed.get_world_size()
+    strategy: Any = make_strategy(RunConfig.model_validate(values), workers, workers)
+    model = load_base(ModelConfig(name=str(base), compute_dtype="fp32"), base, CPU)
+    model = strategy.apply(
+        attach_adapter(model, AdapterConfig(use_dora=True, r=4, lora_dropout=0.0), seed=0),
+        lambda named: build_optimizer(named, TrainConfig(optim="adamw_torch", learning_rate=1e-2)),
+    )
+    found = []
+    for _ in range(2):
+        loss = model(input_ids=torch.arange(20)[None]).logits.square().mean() / workers
+        strategy.backward(loss, last_micro_batch=True)
+        found.append((float(loss.detach()) * workers, float(strategy.clip(1.0, 1.0))))
+        strategy.step(skip=False)
+    return found
+
+
+def test_dora_reads_the_weights_that_are_gathered(tiny_model: Path) -> None:
+    (expected,) = in_group(1, train_dora, tiny_model, "none")
+    assert expected[1][0] < expected[0][0]
+    for name in ("fsdp", "zero3"):
+        for ours in in_group(2, train_dora, tiny_model, name):
+            for pair, expected_pair in zip(ours, expected, strict=True):
+                assert pair == pytest.approx(expected_pair, rel=1e-4), name

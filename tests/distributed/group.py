@@ -7,6 +7,7 @@ import socket
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,19 @@ CONTEXT.set_forkserver_preload(PRELOAD)
 Sabotage = Callable[[int], None]
 
 
-def free_port() -> int:
-    """A TCP port that was free a moment ago, below those that the system gives to connections.
+# Below the ports that the system gives to connections: one of those may be somebody's again by the time it is used.
+PORTS = cycle(range(15_000, 32_000))
+for _ in range(random.SystemRandom().randrange(17_000)):
+    next(PORTS)
 
-    It may be minutes until it is used; by then one that the system chose is often somebody's again.
-    """
-    while True:
-        port = random.SystemRandom().randrange(15_000, 32_000)
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago, and another one each time: a process keeps the stores of its old groups."""
+    for port in PORTS:
         with socket.socket() as sock, suppress(OSError):
             sock.bind(("127.0.0.1", port))
             return port
+    raise AssertionError
 
 
 def train_in_group(

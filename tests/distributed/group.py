@@ -34,7 +34,7 @@ for _ in range(random.SystemRandom().randrange(17_000)):
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago, and another one each time: a process keeps the stores of its old groups."""
+    """A TCP port that was free a moment ago, and never one twice: a process keeps its old groups' stores."""
     for port in PORTS:
         with socket.socket() as sock, suppress(OSError):
             sock.bind(("127.0.0.1", port))

@@ -102,7 +102,10 @@ def _ours(config: RunConfig) -> dict[str, Any]:
 
 
 def _said_elsewhere(config: RunConfig) -> dict[str, Any]:
-    """What our config says of keys that DeepSpeed itself is told something else of, because our loop does it."""
+    """What our config says of keys that DeepSpeed itself is told something else of, because our loop does it.
+
+    Where the number of workers is a range, accumulation is that of the most, as the global batch is.
+    """
     train, together = config.train, config.global_batch_size
     steps = math.ceil(together / (train.per_device_train_batch_size * config.launch.max_workers))
     return {

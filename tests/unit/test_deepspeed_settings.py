@@ -48,6 +48,15 @@ def test_what_trainer_users_have_in_their_file_is_taken_where_it_says_the_same(t
     assert deepspeed_settings(config_with(same, tmp_path)) == deepspeed_settings(config_with({}, tmp_path))
 
 
+def test_accumulation_is_that_of_the_most_workers_as_the_global_batch_is(tmp_path: Path) -> None:
+    config = config_with({"gradient_accumulation_steps": 2, "train_batch_size": 16}, tmp_path)
+    config.launch.num_workers = [1, 4]
+    assert deepspeed_settings(config)
+    config.launch.num_workers = [1, 2]
+    with pytest.raises(UserError, match="gradient_accumulation_steps is 2 there and 4 here"):
+        deepspeed_settings(config)
+
+
 @pytest.mark.parametrize(
     ("theirs", "key"),
     [

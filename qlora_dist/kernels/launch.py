@@ -26,11 +26,15 @@ class Kernel:
     Importing Triton takes a second and a CPU may have none; so the modules import without it, and the name `tl`
     that their kernels use is put into their globals here. In a kernel's signature Triton reads `tl.constexpr` alone;
     `tl.tensor` is a pointer or a number.
+
+    Constants and options are passed by name, everything else by place. Triton looks at every argument anew for each
+    launch, some 40 us, of which a step has two thousand; so what it compiled is kept here by what it specialises for.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
         self.function = function
         self._jit: Any = None
+        self._compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
     @property
     def jit(self) -> Any:
@@ -43,8 +47,51 @@ class Kernel:
         return self._jit
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        launch: Callable[..., Any] = self.jit[grid]
+        def launch(*args: Any, **named: Any) -> None:
+            device = _device_of(args)
+            if device < 0:
+                self.jit[grid](*args, **named)
+                return
+            key = _specialisation(device, args, named)
+            known = self._compiled.get(key)
+            if known is None:
+                # Triton launches on the current device, which may be another one.
+                with torch.cuda.device(device):
+                    compiled = self.jit[grid](*args, **named)
+                constants = tuple(named[name] for name in self.jit.arg_names[len(args) :])
+                self._compiled[key] = compiled, constants
+                return
+            compiled, constants = known
+            x, y, z = (*grid, 1, 1)[:3]
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            compiled.run(
+                x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *constants
+            )
+
         return launch
+
+
+def _device_of(args: tuple[Any, ...]) -> int:
+    """The number of the GPU that the first tensor is on; -1 for a CPU."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg.get_device()
+    return -1
+
+
+def _specialisation(device: int, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+    """What Triton compiles for, or finer: dtypes and alignments, whether numbers are 1, multiples of 16, long."""
+    key: list[Any] = [device, *named.values()]
+    for arg in args:
+        kind = type(arg)
+        if kind is int:
+            key.append((arg == 1, arg & 15 == 0, -(2**31) <= arg < 2**31))
+        elif kind is float or kind is bool:
+            key.append(kind)
+        else:
+            key.append(arg.dtype)
+            key.append(arg.data_ptr() & 15 == 0)
+    return tuple(key)
 
 
 def power_of_two_from(n: int) -> int:

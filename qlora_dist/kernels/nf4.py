@@ -29,6 +29,16 @@ class NestedAbsmax(NamedTuple):
     blocksize2: int
 
 
+class Packed(NamedTuple):
+    """A 4-bit weight as the kernel takes it, as `dequantize_4bit_into` describes its arguments."""
+
+    packed_B: Tensor
+    absmax: Tensor
+    code: Tensor
+    blocksize: int
+    nested: NestedAbsmax | None
+
+
 def dequantize_4bit_into(
     out_NK: Tensor,
     packed: Tensor,
@@ -46,22 +56,33 @@ def dequantize_4bit_into(
     value = round_to_out(code[nibble] * absmax), absmax = code2[uint8] * absmax2 + offset: every product and sum is
     rounded to float32 by itself (no fused multiply-add), which is bitsandbytes' arithmetic on CUDA.
     """
-    rows, columns = out_NK.shape
-    packed_B = packed.reshape(-1).view(torch.uint8)
-    if packed_B.numel() != (rows * columns + 1) // 2:
-        raise ValueError(f"{packed_B.numel()} bytes of 4-bit values do not fill a {rows} x {columns} matrix")
-    if out_NK.stride(1) != 1:
-        raise ValueError("the columns of the output must be contiguous")
+    return unpack_into(out_NK, pack(packed, absmax, code, blocksize, nested))
+
+
+def pack(packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, nested: NestedAbsmax | None = None) -> Packed:
+    """What `unpack_into` takes, looked through once for all launches; arguments as of `dequantize_4bit_into`."""
     if blocksize < 32 or blocksize & (blocksize - 1):
         raise ValueError(f"blocksize {blocksize} is no power of two from 32")
     if (absmax.dtype == torch.uint8) != (nested is not None):
         raise ValueError("a uint8 absmax comes with the state that turns it back to floats, a float32 one without")
+    return Packed(packed.reshape(-1).view(torch.uint8), absmax, code, blocksize, nested)
+
+
+def unpack_into(out_NK: Tensor, weight: Packed) -> Tensor:
+    """As `dequantize_4bit_into`."""
+    rows, columns = out_NK.shape
+    packed_B, absmax, code, blocksize, nested = weight
+    size = packed_B.numel()
+    if size != (rows * columns + 1) // 2:
+        raise ValueError(f"{size} bytes of 4-bit values do not fill a {rows} x {columns} matrix")
+    if out_NK.stride(1) != 1:
+        raise ValueError("the columns of the output must be contiguous")
     if not runs_on_triton(out_NK):
         out_NK.copy_(_reference(rows, columns, packed_B, absmax, code, blocksize, nested))
         return out_NK
     absmax2, code2, offset, blocksize2 = nested or (absmax, code, code, 1)
-    _dequantize[(-(-packed_B.numel() // (4 * GROUPS)),)](
-        out_NK, packed_B, absmax, code, absmax2, code2, offset, packed_B.numel(), rows * columns, out_NK.stride(0),
+    _dequantize[(-(-size // (4 * GROUPS)),)](
+        out_NK, packed_B, absmax, code, absmax2, code2, offset, size, rows * columns, out_NK.stride(0),
         K=columns, BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, NESTED=nested is not None, GROUPS=GROUPS,
         num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from qlora_dist.kernels.rmsnorm import rms_norm, rms_norm_backward
-from qlora_dist.kernels.rope import rotate_
+from qlora_dist.kernels.rope import join_heads, rotate_
 from qlora_dist.kernels.swiglu import swiglu, swiglu_backward
-from qlora_dist.model.projection import Projection, current
+from qlora_dist.model.projection import Projection, current, statistics_dtype
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Block:
         """`values`, one a factor, by projection."""
         parts, start = [], 0
         for projection in self.projections:
-            count = 2 * sum(part.has_adapter for part in projection.parts)
+            count = 2 * len(projection.adapted)
             parts.append(values[start : start + count])
             start += count
         return parts
@@ -95,17 +96,10 @@ class _BlockFunction(torch.autograd.Function):
         plan, (qkv_f, out_f, gu_f, down_f) = block.plan, block.split(factors)
         x_MH = x_BTH.reshape(-1, x_BTH.shape[-1])
         kept = attend(block, inputs, x_BTH.shape, x_MH, qkv_f, differentiable=plan.attention)
-        a_MW = joined_heads(block, kept.result, x_MH)
-        x1_MH = block.output.forward(a_MW, out_f, residual_MN=x_MH)
-        a_xa = a_MW[:, block.output.K :].clone()
-        del a_MW
-        n_MW, rstd_M = normed(block.layer.post_attention_layernorm, x1_MH, block.gate_up)
-        gu_MN = block.gate_up.forward(n_MW, gu_f)
-        gu_xa = n_MW[:, block.gate_up.K :].clone()
-        del n_MW
+        x1_MH, out_xa = attention_output(block, kept.result, x_MH, out_f)
+        gu_MW, gu_xa, rstd_M = gate_and_up(block, x1_MH, gu_f)
         h_MW = block.down.room(len(x_MH), x_MH)
-        gate_MF, up_MF = gu_MN.chunk(2, dim=1)
-        swiglu(gate_MF, up_MF, h_MW[:, : block.down.K])
+        swiglu(*halves(block, gu_MW), h_MW[:, : block.down.K])
         # The output is no view: FSDP hangs its hook on it.
         y_BTH = torch.empty_like(x_BTH)
         block.down.forward(h_MW, down_f, residual_MN=x1_MH, out_MN=y_BTH.view(x_MH.shape))
@@ -114,9 +108,9 @@ class _BlockFunction(torch.autograd.Function):
         ctx.save_for_backward(x_BTH, *factors)
         ctx.attended = kept if plan.attention else None
         ctx.x1 = x1_MH if plan.attention else None
-        ctx.out_xa = a_xa if plan.attention else None
-        ctx.gate_up = (gu_MN, gu_xa, rstd_M) if plan.gate_up else None
-        ctx.down_xa = h_MW[:, block.down.K : block.down.K + block.down.R].clone()
+        ctx.out_xa = out_xa if plan.attention else None
+        ctx.gate_up = (gu_MW, gu_xa, rstd_M) if plan.gate_up else None
+        ctx.down_xa = block.down.low_rank(h_MW)
         return y_BTH
 
     @staticmethod
@@ -128,64 +122,68 @@ class _BlockFunction(torch.autograd.Function):
         kept, x1_MH, out_xa = ctx.attended, ctx.x1, ctx.out_xa
         if kept is None:
             kept = attend(block, ctx.inputs, ctx.shape, x_MH, qkv_f)
-            a_MW = joined_heads(block, kept.result, x_MH)
-            x1_MH = block.output.forward(a_MW, out_f, residual_MN=x_MH)
-            out_xa = a_MW[:, block.output.K :].clone()
-            del a_MW
-        norm2 = block.layer.post_attention_layernorm
-        if ctx.gate_up is None:
-            n_MW, rstd2_M = normed(norm2, x1_MH, block.gate_up)
-            gu_MN = block.gate_up.forward(n_MW, gu_f)
-            gu_xa = n_MW[:, block.gate_up.K :].clone()
-        else:
-            gu_MN, gu_xa, rstd2_M = ctx.gate_up
-            n_MW, _ = normed(norm2, x1_MH, block.gate_up)
+            x1_MH, out_xa = attention_output(block, kept.result, x_MH, out_f)
+        gu_MW, gu_xa, rstd2_M = ctx.gate_up or gate_and_up(block, x1_MH, gu_f)
         ctx.attended = ctx.x1 = ctx.out_xa = ctx.gate_up = None
 
-        dy_MH = dy_BTH.reshape(x_MH.shape)
-        dy_MW = widened(dy_MH, block.down)
-        # SwiGLU's output is made again from gate and up: a pass over memory is cheaper than the room.
-        h_MF = torch.empty(len(x_MH), block.down.K, dtype=x_MH.dtype, device=x_MH.device)
-        gate_MF, up_MF = gu_MN.chunk(2, dim=1)
-        swiglu(gate_MF, up_MF, h_MF)
-        dh_MF, down_g = block.down.backward(dy_MW, h_MF, ctx.down_xa, down_f)
-        del h_MF, dy_MW
-        assert dh_MF is not None
-        dgu_MW = torch.empty(
-            len(x_MH), block.gate_up.N + block.gate_up.padded_rank(x_MH.device), dtype=x_MH.dtype, device=x_MH.device
-        )
-        half = block.down.K
-        swiglu_backward(dh_MF, gate_MF, up_MF, dgu_MW[:, :half], dgu_MW[:, half : 2 * half])
-        del gu_MN, gate_MF, up_MF, dh_MF
-        dn_MH, gu_g = block.gate_up.backward(
-            dgu_MW, n_MW[:, : block.gate_up.K], gu_xa[:, : block.gate_up.R], gu_f
-        )  # fmt: skip
-        del dgu_MW, n_MW
-        assert dn_MH is not None
-        dx1_MW = torch.empty(
-            len(x_MH), block.output.N + block.output.padded_rank(x_MH.device), dtype=x_MH.dtype, device=x_MH.device
-        )
+        dy_MW = widened(dy_BTH, block.down)
+        dh_MF = block.down.input_gradient(dy_MW, down_f)
+        # The gradients of gate and up take their places, and SwiGLU's output, made again, that of its gradient.
+        gate_MF, up_MF = halves(block, gu_MW)
+        swiglu_backward(dh_MF, gate_MF, up_MF, gate_MF, up_MF, dh_MF)
+        down_g = block.down.factor_gradients(dy_MW, dh_MF, ctx.down_xa)
+        del dh_MF
+        dn_MH = block.gate_up.input_gradient(gu_MW, gu_f)
+        norm2 = block.layer.post_attention_layernorm
+        n_MW, _ = normed(norm2, x1_MH, block.gate_up)
+        gu_g = block.gate_up.factor_gradients(gu_MW, n_MW[:, : block.gate_up.K], gu_xa)
+        del gu_MW, gate_MF, up_MF, n_MW
+        dx1_MW = block.output.output_room(len(x_MH), x_MH)
         dx1_MH = dx1_MW[:, : block.output.N]
-        rms_norm_backward(dn_MH, x1_MH, current(norm2, "weight"), rstd2_M, dy_MH, dx1_MH)
-        del dn_MH
+        rms_norm_backward(dn_MH, x1_MH, current(norm2, "weight"), rstd2_M, dy_MW[:, : block.down.N], dx1_MH)
+        del dn_MH, dy_MW
 
+        da_MK = block.output.input_gradient(dx1_MW, out_f)
         a_MK = kept.result.transpose(1, 2).reshape(len(x_MH), block.output.K)
-        da_MK, out_g = block.output.backward(dx1_MW, a_MK, out_xa[:, : block.output.R], out_f)
-        assert da_MK is not None
+        out_g = block.output.factor_gradients(dx1_MW, a_MK, out_xa)
         dqkv_MW = attention_backward(block, ctx.inputs, kept, da_MK, x_MH)
         del da_MK, a_MK
         norm1 = block.layer.input_layernorm
         n1_MW, _ = normed(norm1, x_MH, block.qkv)
-        need_dx = ctx.needs_input_grad[2]
-        dn1_MH, qkv_g = block.qkv.backward(
-            dqkv_MW, n1_MW[:, : block.qkv.K], kept.xa_MR, qkv_f, need_dx=need_dx
-        )  # fmt: skip
-        dx_BTH = None
-        if dn1_MH is not None:
-            dx_MH = torch.empty_like(x_MH)
-            rms_norm_backward(dn1_MH, x_MH, current(norm1, "weight"), kept.rstd_M, dx1_MH, dx_MH)
-            dx_BTH = dx_MH.view(ctx.shape)
-        return (None, None, dx_BTH, *qkv_g, *out_g, *gu_g, *down_g)
+        n1_MK = n1_MW[:, : block.qkv.K]
+        if not ctx.needs_input_grad[2]:
+            qkv_g = block.qkv.factor_gradients(dqkv_MW, n1_MK, kept.xa_MR, qkv_f)
+            return (None, None, None, *qkv_g, *out_g, *gu_g, *down_g)
+        dn1_MH = block.qkv.input_gradient(dqkv_MW, qkv_f)
+        qkv_g = block.qkv.factor_gradients(dqkv_MW, n1_MK, kept.xa_MR)
+        del dqkv_MW, n1_MW, n1_MK
+        # As wide as the layer before this one wants it, which is of the same make.
+        dx_MW = block.down.output_room(len(x_MH), x_MH)
+        dx_MH = dx_MW[:, : block.down.N]
+        rms_norm_backward(dn1_MH, x_MH, current(norm1, "weight"), kept.rstd_M, dx1_MH, dx_MH)
+        WIDE.clear()
+        WIDE.append(StorageWeakRef(dx_MW.untyped_storage()))
+        return (None, None, dx_MH.view(ctx.shape), *qkv_g, *out_g, *gu_g, *down_g)
+
+
+# The last gradient that a layer gave, in a buffer with room beside it.
+WIDE: list[StorageWeakRef] = []
+
+
+def widened(dy_BTH: Tensor, projection: Projection) -> Tensor:
+    """dy in the first N columns of [M, N + P]: as it lies where a fused layer has made it, else a copy."""
+    rows, width = dy_BTH.shape[0] * dy_BTH.shape[1], projection.N + projection.padded_rank(dy_BTH.device)
+    storage = dy_BTH.untyped_storage()
+    if (
+        any(ref.cdata == storage._cdata and not ref.expired() for ref in WIDE)
+        and dy_BTH.stride() == (dy_BTH.shape[1] * width, width, 1)
+        and dy_BTH.storage_offset() == 0
+        and storage.nbytes() == rows * width * dy_BTH.element_size()
+    ):
+        return dy_BTH.as_strided((rows, width), (width, 1))
+    dy_MW = projection.output_room(rows, dy_BTH)
+    dy_MW[:, : projection.N] = dy_BTH.reshape(rows, projection.N)
+    return dy_MW
 
 
 def run_block(block: Block, x_BTH: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
@@ -209,6 +207,28 @@ def normed(norm: Any, x_MH: Tensor, projection: Projection) -> tuple[Tensor, Ten
     return out_MW, rstd_M
 
 
+def attention_output(block: Block, result: Tensor, x_MH: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The residual stream [M, H] after the attention, and the low rank product of its projection."""
+    a_MW = block.output.room(len(x_MH), x_MH)
+    join_heads(a_MW[:, : block.output.K], result.detach())
+    x1_MH = block.output.forward(a_MW, factors, residual_MN=x_MH)
+    return x1_MH, block.output.low_rank(a_MW)
+
+
+def gate_and_up(block: Block, x1_MH: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate and up in the first columns of [M, N + P], their low rank products, and 1 / rms of their input [M]."""
+    n_MW, rstd_M = normed(block.layer.post_attention_layernorm, x1_MH, block.gate_up)
+    gu_MW = block.gate_up.output_room(len(x1_MH), x1_MH)
+    block.gate_up.forward(n_MW, factors, out_MN=gu_MW[:, : block.gate_up.N])
+    return gu_MW, block.gate_up.low_rank(n_MW), rstd_M
+
+
+def halves(block: Block, gu_MW: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and up, [M, F] each."""
+    features = block.down.K
+    return gu_MW[:, :features], gu_MW[:, features : 2 * features]
+
+
 def attend(
     block: Block,
     inputs: dict[str, Any],
@@ -220,13 +240,14 @@ def attend(
     """RMSNorm, q, k, v, RoPE and attention, with the attention's graph where `differentiable`."""
     n_MW, rstd_M = normed(block.layer.input_layernorm, x_MH, block.qkv)
     y_MN = block.qkv.forward(n_MW, factors)
-    xa_MR = n_MW[:, block.qkv.K : block.qkv.K + block.qkv.R].clone()
+    xa_MR = block.qkv.low_rank(n_MW)
     del n_MW
     raw_MN, head_rstd = None, None
     if block.normed_heads:
         raw_MN, y_MN = y_MN, torch.empty_like(y_MN)
         head_rstd = normed_heads(block, raw_MN, y_MN)
-    rotate(block, y_MN, inputs, inverse=False)
+    both = y_MN[:, : block.q_width + block.kv_width].unflatten(1, (-1, block.head_dim))
+    rotate_(both, *angles(block, inputs))
     batch, time = shape[0], shape[1]
     q, k, v = (
         part.unflatten(1, (-1, block.head_dim)).unflatten(0, (batch, time)).transpose(1, 2).detach().requires_grad_()
@@ -261,24 +282,16 @@ def attention_backward(block: Block, inputs: dict[str, Any], kept: Attended, da_
     batch, time = kept.result.shape[0], kept.result.shape[2]
     da = da_MK.view(batch, time, -1, block.head_dim).transpose(1, 2)
     grads = torch.autograd.grad(kept.result, kept.heads, da)
-    width = block.qkv.N + block.qkv.padded_rank(x_MH.device)
-    dqkv_MW = torch.empty(len(x_MH), width, dtype=x_MH.dtype, device=x_MH.device)
-    ends = (0, block.q_width, block.q_width + block.kv_width, block.qkv.N)
-    for start, stop, grad in zip(ends, ends[1:], grads, strict=False):
-        dqkv_MW[:, start:stop].unflatten(1, (-1, block.head_dim)).unflatten(0, (batch, time)).copy_(
-            grad.transpose(1, 2)
-        )
-    rotate(block, dqkv_MW, inputs, inverse=True)
+    dqkv_MW = block.qkv.output_room(len(x_MH), x_MH)
+    join_heads(dqkv_MW[:, : block.qkv.N], *grads, angles=angles(block, inputs), inverse=True)
     if block.normed_heads:
         normed_heads_backward(block, kept, dqkv_MW)
     return dqkv_MW
 
 
-def rotate(block: Block, y_MN: Tensor, inputs: dict[str, Any], inverse: bool) -> None:
-    """RoPE, in place, on the q and k columns of [M, >= q + k columns]."""
-    both = y_MN[:, : block.q_width + block.kv_width].unflatten(1, (-1, block.head_dim))
-    cos_TD, sin_TD = (inputs[name].reshape(-1, block.head_dim) for name in ("cos", "sin"))
-    rotate_(both, cos_TD, sin_TD, inverse)
+def angles(block: Block, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """cos and sin of RoPE, [T or B * T, D]."""
+    return inputs["cos"].reshape(-1, block.head_dim), inputs["sin"].reshape(-1, block.head_dim)
 
 
 def normed_heads(block: Block, raw_MN: Tensor, out_MN: Tensor) -> tuple[Tensor, Tensor]:
@@ -315,26 +328,3 @@ def _head_columns(block: Block) -> list[tuple[Any, slice]]:
         (attention.q_norm, slice(0, block.q_width)),
         (attention.k_norm, slice(block.q_width, block.q_width + block.kv_width)),
     ]
-
-
-def joined_heads(block: Block, result: Tensor, like: Tensor) -> Tensor:
-    """The attention's output [B, heads, T, D] as rows [M, K] in a buffer for the output projection."""
-    batch, _, time, _ = result.shape
-    a_MW = block.output.room(batch * time, like)
-    a_MW[:, : block.output.K].unflatten(1, (-1, block.head_dim)).unflatten(0, (batch, time)).copy_(
-        result.detach().transpose(1, 2)
-    )
-    return a_MW
-
-
-def widened(dy_MN: Tensor, projection: Projection) -> Tensor:
-    """dy in the first N columns of [M, N + P]."""
-    width = projection.N + projection.padded_rank(dy_MN.device)
-    dy_MW = torch.empty(len(dy_MN), width, dtype=dy_MN.dtype, device=dy_MN.device)
-    dy_MW[:, : projection.N] = dy_MN
-    return dy_MW
-
-
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """fp32, or fp64 for fp64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

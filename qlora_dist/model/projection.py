@@ -5,40 +5,69 @@ buffer that holds both.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_dist.kernels.nf4 import NestedAbsmax, dequantize_4bit_into
+from qlora_dist.kernels.factors import Factors, place_factors
+from qlora_dist.kernels.nf4 import NestedAbsmax, Packed, pack, unpack_into
 
 
-@dataclass
 class Part:
-    """One linear layer of a projection: its rows of the output, its columns of the rank, and the adapter's scale."""
+    """One linear layer of a projection.
 
-    layer: Any
-    rows: slice
-    ranks: slice
-    scale: float
+    base: the layer that holds the frozen weight. rows: its rows of the output. ranks: its columns of the total rank,
+    none where it has no adapter. scale: the adapter's, alpha / r.
+    """
 
-    @property
-    def base(self) -> Any:
-        """The layer that holds the frozen weight."""
-        return getattr(self.layer, "base_layer", self.layer)
-
-    @property
-    def has_adapter(self) -> bool:
-        """Whether a LoRA branch is beside it."""
-        return self.ranks.stop > self.ranks.start
+    def __init__(self, layer: Any, row: int, rank: int):
+        self.base: Any = getattr(layer, "base_layer", layer)
+        r, self.scale = adapter_shape(layer)
+        self.rows, self.ranks = slice(row, row + self.base.out_features), slice(rank, rank + r)
+        self.has_adapter = r > 0
+        if self.has_adapter:
+            (name,) = layer.active_adapters
+            self.adapter = layer.lora_A[name], layer.lora_B[name]
+        self._read: tuple[Any, Packed | None] = (None, None)
 
     def factors(self) -> list[Tensor]:
         """A [r, K] and B [N, r] as they are now (parameters, or views of a sharded one), or nothing."""
-        if not self.has_adapter:
-            return []
-        (name,) = self.layer.active_adapters
-        return [self.layer.lora_A[name].weight, self.layer.lora_B[name].weight]
+        return [_weight(module) for module in self.adapter] if self.has_adapter else []
+
+    def weight_into(self, out_NK: Tensor) -> None:
+        """Write the frozen weight, dequantised where it is 4-bit, into `out_NK`."""
+        if "current_weight" in self.base.__dict__:
+            # Not kept: the memory of a gathered weight may live as long as a view of it.
+            weight = self.base.current_weight()
+            packed = _packed(weight)
+        else:
+            weight = self.base._parameters["weight"]
+            if self._read[0] is not weight:
+                self._read = (weight, _packed(weight))
+            packed = self._read[1]
+        if packed is None:
+            out_NK.copy_(weight)
+        else:
+            unpack_into(out_NK, packed)
+
+
+def _weight(module: Any) -> Tensor:
+    """`module.weight`, without nn.Module's long way to it."""
+    own = module.__dict__.get("weight")
+    weight: Tensor = module._parameters["weight"] if own is None else own
+    return weight
+
+
+def _packed(weight: Any) -> Packed | None:
+    """A 4-bit weight as the kernel takes it; None for others."""
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return None
+    nested = None
+    if state.nested:
+        nested = NestedAbsmax(state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize)
+    return pack(weight.data.view(-1).as_subclass(Tensor), state.absmax, state.code, state.blocksize, nested)
 
 
 class Projection:
@@ -48,12 +77,13 @@ class Projection:
         self.parts: list[Part] = []
         row = rank = 0
         for layer in layers:
-            base: Any = getattr(layer, "base_layer", layer)
-            r, scale = adapter_shape(layer)
-            self.parts.append(Part(layer, slice(row, row + base.out_features), slice(rank, rank + r), scale))
-            row, rank = row + base.out_features, rank + r
-        self.K: int = base.in_features
+            part = Part(layer, row, rank)
+            self.parts.append(part)
+            row, rank = part.rows.stop, part.ranks.stop
+        self.K: int = part.base.in_features
         self.N, self.R = row, rank
+        self.adapted = [part for part in self.parts if part.has_adapter]
+        self.has_bias = any(part.base.bias is not None for part in self.parts)
 
     def padded_rank(self, device: torch.device) -> int:
         """P: tensor cores want multiples; a CPU does not."""
@@ -67,11 +97,19 @@ class Projection:
         """An uninitialised [rows, K + P], for the input x in its first K columns."""
         return torch.empty(rows, self.K + self.padded_rank(like.device), dtype=like.dtype, device=like.device)
 
+    def output_room(self, rows: int, like: Tensor) -> Tensor:
+        """An uninitialised [rows, N + P], for the output or its gradient in its first N columns."""
+        return torch.empty(rows, self.N + self.padded_rank(like.device), dtype=like.dtype, device=like.device)
+
+    def low_rank(self, x_MW: Tensor) -> Tensor:
+        """A copy of x A' [M, R] from the buffer that `forward` has filled."""
+        return x_MW[:, self.K : self.K + self.R].clone()
+
     def bias(self) -> Tensor | None:
         """The biases one after the other; None where no layer has one."""
-        biases = [current(part.base, "bias") for part in self.parts]
-        if all(bias is None for bias in biases):
+        if not self.has_bias:
             return None
+        biases = [current(part.base, "bias") for part in self.parts]
         device = next(bias.device for bias in biases if bias is not None)
         return torch.cat(
             [
@@ -84,15 +122,13 @@ class Projection:
         self, x_MW: Tensor, factors: Sequence[Tensor], residual_MN: Tensor | None = None, out_MN: Tensor | None = None
     ) -> Tensor:
         """y = x W' + (x A') (s B)' [+ bias] [+ residual], [M, N]; fills the columns of `x_MW` that hold x A'."""
-        a_RK, b_NR = self._joined(factors, x_MW)
-        x_MK = x_MW[:, : self.K]
-        if self.R:
-            torch.mm(x_MK, a_RK.t(), out=x_MW[:, self.K : self.K + self.R])
-        x_MW[:, self.K + self.R :] = 0
         w_NW = scratch(self.N * x_MW.shape[1], x_MW).view(self.N, x_MW.shape[1])
+        if self.R:
+            padded = x_MW.shape[1] - self.K
+            a_PK = scratch(padded * self.K, x_MW, "factors").view(padded, self.K)
+            place_factors(self._placed(factors), a_PK, w_NW[:, self.K :])
+            torch.mm(x_MW[:, : self.K], a_PK.t(), out=x_MW[:, self.K :])
         self._dequantize(w_NW)
-        w_NW[:, self.K : self.K + self.R] = b_NR
-        w_NW[:, self.K + self.R :] = 0
         bias_N = self.bias()
         if bias_N is not None:
             y_MN = torch.addmm(bias_N.to(x_MW.dtype), x_MW, w_NW.t(), out=out_MN)
@@ -101,48 +137,54 @@ class Projection:
             return torch.mm(x_MW, w_NW.t(), out=out_MN)
         return torch.addmm(residual_MN, x_MW, w_NW.t(), out=out_MN)
 
-    def backward(
-        self, dy_MW: Tensor, x_MK: Tensor, xa_MR: Tensor, factors: Sequence[Tensor], need_dx: bool = True
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        """dx [M, K] and the factors' gradients, in fp32; `dy_MW` [M, N + P] holds dy in its first N columns."""
-        a_RK, b_NR = self._joined(factors, dy_MW)
-        dy_MN = dy_MW[:, : self.N]
-        grads: list[Tensor] = []
-        if self.R:
-            dyb_MR = dy_MW[:, self.N : self.N + self.R]
-            torch.mm(dy_MN, b_NR, out=dyb_MR)
-            da_RK = product_fp32(dyb_MR.t(), x_MK)
-            db_NR = product_fp32(dy_MN.t(), xa_MR)
-            for part in self.parts:
-                if part.has_adapter:
-                    grads += [da_RK[part.ranks], db_NR[part.rows, part.ranks] * part.scale]
-        if not need_dx:
-            return None, grads
-        dy_MW[:, self.N + self.R :] = 0
+    def input_gradient(self, dy_MW: Tensor, factors: Sequence[Tensor], out_MK: Tensor | None = None) -> Tensor:
+        """dx [M, K]; `dy_MW` [M, N + P] holds dy in its first N columns, and dy s B in the others afterwards."""
         rows = dy_MW.shape[1]
         w_WK = scratch(rows * self.K, dy_MW).view(rows, self.K)
+        self._project_back(dy_MW, factors, w_WK[self.N :])
         self._dequantize(w_WK)
-        w_WK[self.N : self.N + self.R] = a_RK
-        w_WK[self.N + self.R :] = 0
-        return dy_MW @ w_WK, grads
+        return torch.mm(dy_MW, w_WK, out=out_MK)
 
-    def _joined(self, factors: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-        """A of all parts [R, K], and s B of all parts, block-diagonal [N, R], in the compute dtype."""
+    def _project_back(self, dy_MW: Tensor, factors: Sequence[Tensor], a_PK: Tensor) -> None:
+        if self.R:
+            padded = dy_MW.shape[1] - self.N
+            b_NP = scratch(self.N * padded, dy_MW, "factors").view(self.N, padded)
+            place_factors(self._placed(factors), a_PK, b_NP)
+            torch.mm(dy_MW[:, : self.N], b_NP, out=dy_MW[:, self.N :])
+
+    def factor_gradients(
+        self, dy_MW: Tensor, x_MK: Tensor, xa_MR: Tensor, factors: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        """The factors' gradients, in fp32, in their order; `dy_MW` as `input_gradient` leaves it.
+
+        Args:
+            factors: given where `input_gradient` is left out, since nothing before the layer trains.
+        """
         if not self.R:
-            return like.new_empty(0, self.K), like.new_empty(self.N, 0)
-        pairs = list(zip(factors[::2], factors[1::2], strict=True))
-        a_RK = pairs[0][0].to(like.dtype) if len(pairs) == 1 else torch.cat([a for a, _ in pairs]).to(like.dtype)
-        adapted = [part for part in self.parts if part.has_adapter]
-        if len(self.parts) == 1:
-            return a_RK, (pairs[0][1] * adapted[0].scale).to(like.dtype)
-        b_NR = torch.zeros(self.N, self.R, dtype=like.dtype, device=like.device)
-        for part, (_, b) in zip(adapted, pairs, strict=True):
-            b_NR[part.rows, part.ranks] = (b * part.scale).to(like.dtype)
-        return a_RK, b_NR
+            return []
+        if factors is not None:
+            padded = dy_MW.shape[1] - self.N
+            self._project_back(dy_MW, factors, scratch(padded * self.K, dy_MW).view(padded, self.K))
+        da_RK = product_fp32(dy_MW[:, self.N : self.N + self.R].t(), x_MK)
+        db_NR = product_fp32(dy_MW[:, : self.N].t(), xa_MR)
+        scales = {part.scale for part in self.adapted}
+        if len(scales) == 1 and scales != {1.0}:
+            db_NR.mul_(scales.pop())
+        grads: list[Tensor] = []
+        for part in self.adapted:
+            db_Nr = db_NR[part.rows, part.ranks]
+            grads += [da_RK[part.ranks], db_Nr * part.scale if len(scales) > 1 else db_Nr]
+        return grads
+
+    def _placed(self, factors: Sequence[Tensor]) -> list[Factors]:
+        return [
+            Factors(a, b, part.rows.start, part.ranks.start, part.scale)
+            for part, a, b in zip(self.adapted, factors[::2], factors[1::2], strict=True)
+        ]
 
     def _dequantize(self, out: Tensor) -> None:
         for part in self.parts:
-            frozen_weight_into(out[part.rows, : self.K], part.base)
+            part.weight_into(out[part.rows, : self.K])
 
 
 def adapter_shape(layer: Any) -> tuple[int, float]:
@@ -159,19 +201,6 @@ def current(module: Any, name: str) -> Any:
     return getattr(module, name) if asked is None else asked()
 
 
-def frozen_weight_into(out_NK: Tensor, layer: Any) -> None:
-    """Write a layer's frozen weight, dequantised where it is 4-bit, into `out_NK`."""
-    weight = current(layer, "weight")
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        out_NK.copy_(weight)
-        return
-    nested = None
-    if state.nested:
-        nested = NestedAbsmax(state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize)
-    dequantize_4bit_into(out_NK, weight.data.view(-1), state.absmax, state.code, state.blocksize, nested)
-
-
 def product_fp32(a: Tensor, b: Tensor) -> Tensor:
     """a b, accumulated and given in fp32 (fp64 for fp64)."""
     if a.dtype in (torch.float32, torch.float64):
@@ -181,12 +210,17 @@ def product_fp32(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-_SCRATCH: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+_SCRATCH: dict[tuple[torch.device, torch.dtype, str], Tensor] = {}
 
 
-def scratch(size: int, like: Tensor) -> Tensor:
+def scratch(size: int, like: Tensor, purpose: str = "weight") -> Tensor:
     """A flat buffer for one dequantised weight at a time; all layers share it, since one GEMM follows another."""
-    key = (like.device, like.dtype)
+    key = (like.device, like.dtype, purpose)
     if key not in _SCRATCH or _SCRATCH[key].numel() < size:
         _SCRATCH[key] = torch.empty(size, dtype=like.dtype, device=like.device)
     return _SCRATCH[key][:size]
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """fp32, or fp64 for fp64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

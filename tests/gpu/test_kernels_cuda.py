@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from qlora_dist.kernels import linear_cross_entropy as head
-from qlora_dist.kernels import nf4, swiglu
+from qlora_dist.kernels import factors, nf4, swiglu
+from qlora_dist.kernels.factors import Factors, place_factors
 from qlora_dist.kernels.linear_cross_entropy import cross_entropy_, linear_cross_entropy
 from qlora_dist.kernels.nf4 import NestedAbsmax, dequantize_4bit_into
 from qlora_dist.kernels.rmsnorm import rms_norm, rms_norm_backward
-from qlora_dist.kernels.rope import rotate_
+from qlora_dist.kernels.rope import join_heads, rotate_
 from qlora_dist.kernels.swiglu import swiglu as swiglu_
 from qlora_dist.kernels.swiglu import swiglu_backward
 
@@ -77,6 +78,49 @@ def test_rotation_against_float64(inverse: bool) -> None:
     rotate_(x, cos, sin, inverse)
     assert_near(x, rotate_(before, cos.double(), sin.double(), inverse))
     assert torch.equal(buffer[:, (QUERIES + KEYS) * DIM :], others)
+
+
+def test_heads_join_into_rows_as_in_steps() -> None:
+    """What cuDNN's backward gives has the strides of q, k and v, cut from one buffer."""
+    q, k, v = (
+        part.unflatten(2, (-1, DIM)).transpose(1, 2)
+        for part in random(2, M // 2, (QUERIES + 2 * KEYS) * DIM).split([QUERIES * DIM, KEYS * DIM, KEYS * DIM], 2)
+    )
+    cos, sin = random(M // 2, DIM), random(M // 2, DIM)
+    expected = torch.cat([part.transpose(1, 2).reshape(M, -1) for part in (q, k, v)], dim=1)
+    rotate_(expected[:, : (QUERIES + KEYS) * DIM].unflatten(1, (-1, DIM)), cos, sin, inverse=True)
+    out = wide(M, expected.shape[1])
+    join_heads(out, q, k, v, angles=(cos, sin), inverse=True)
+    assert_near(out, expected, 1e-3)
+    assert out._base is not None
+    assert not out._base[:, expected.shape[1] :].any()
+
+
+def test_factors_are_placed_as_the_reference_places_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = ((4096, 16), (1024, 16), (1024, 7))
+    parts, row, rank = [], 0, 0
+    for n, r in shapes:
+        parts.append(Factors(random(r, H, dtype=torch.float32), random(n, r, dtype=torch.float32), row, rank, 2.0))
+        row, rank = row + n, rank + r
+    placed = []
+    for on_triton in (True, False):
+        monkeypatch.setattr(factors, "runs_on_triton", lambda x, on_triton=on_triton: on_triton)
+        a_PK, b_NP = random(64, H), wide(row, 64)
+        b_NP.fill_(float("nan"))
+        place_factors(parts, a_PK, b_NP)
+        placed.append((a_PK, b_NP))
+    assert torch.equal(placed[0][0], placed[1][0])
+    assert torch.equal(placed[0][1], placed[1][1])
+
+
+def test_a_kernel_launched_again_takes_what_it_is_given() -> None:
+    """Kernels are kept by what they were compiled for: other sizes, alignments and strides get their own."""
+    for rows, offset in ((64, 0), (64, 1), (1, 0), (33, 3), (64, 0), (1, 1)):
+        x = random(rows, 3 * F + offset, scale=1.0)[:, offset:]
+        gate, up, out = x[:, :F], x[:, F : 2 * F], x[:, 2 * F :]
+        expected = torch.nn.functional.silu(gate.double()) * up.double()
+        swiglu_(gate, up, out)
+        assert_near(out, expected)
 
 
 def test_swiglu_against_float64() -> None:
@@ -204,6 +248,8 @@ def test_nothing_waits_for_the_device() -> None:
         rotate_(x.unflatten(1, (-1, DIM)), table, table)
         swiglu_(x, x, x)
         swiglu_backward(x, x, x, x, x)
+        join_heads(x, x.view(1, 256, -1, DIM).transpose(1, 2), angles=(table, table))
+        place_factors([Factors(x[:16], x[:, :16].contiguous(), 0, 0, 2.0)], x[:64], x[:, :64])
         (linear_cross_entropy(hidden, lambda: weight, targets) / 3).backward()
         linear_cross_entropy(hidden[:0], weight, targets[:0]).backward()
     finally:

@@ -21,12 +21,13 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from qlora_dist.kernels import linear_cross_entropy as head
-from qlora_dist.kernels import nf4, rmsnorm, rope, swiglu
+from qlora_dist.kernels import factors, nf4, rmsnorm, rope, swiglu
+from qlora_dist.kernels.factors import Factors, place_factors
 from qlora_dist.kernels.launch import Kernel
 from qlora_dist.kernels.linear_cross_entropy import chunk_rows, linear_cross_entropy
 from qlora_dist.kernels.nf4 import NestedAbsmax, dequantize_4bit_into
 from qlora_dist.kernels.rmsnorm import rms_norm, rms_norm_backward
-from qlora_dist.kernels.rope import rotate_
+from qlora_dist.kernels.rope import join_heads, rotate_
 from qlora_dist.kernels.swiglu import swiglu as swiglu_
 from qlora_dist.kernels.swiglu import swiglu_backward
 
@@ -284,6 +285,50 @@ def test_rotation_of_a_packed_row_of_a_part_of_each_head_by_a_scaled_table() -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_join_into_rows_and_some_turn_on_their_way(dtype: torch.dtype) -> None:
+    """Three tensors of other strides each, as the backward of an attention gives them; against doing it in steps."""
+    batch, length, dim = 2, 5, 48
+    q = random(batch, length, 4, dim, dtype=dtype).transpose(1, 2)
+    k, v = random(batch, 2, length, dim, dtype=dtype), random(batch, 2, dim, length, dtype=dtype).mT.contiguous()
+    cos, sin = angles(torch.arange(length), dim, torch.float32)
+    for parts, table, inverse in (((q, k, v), (cos, sin), True), ((q, k, v), (cos, sin), False), ((q,), None, False)):
+        expected = torch.cat([part.transpose(1, 2).reshape(batch * length, -1) for part in parts], dim=1)
+        if table is not None:
+            rotate_(expected[:, : 6 * dim].unflatten(1, (-1, dim)), *table, inverse)
+        out, untouched = strided(batch * length, expected.shape[1], dtype)
+        join_heads(out, *parts, angles=table, inverse=inverse)
+        assert torch.equal(out, expected)
+        untouched()
+    with pytest.raises(ValueError, match="do not fill"):
+        join_heads(out, q, k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ranks", [(7,), (4, 9), (3, 5, 2)])
+def test_factors_are_joined_scaled_and_padded_with_zeros(ranks: tuple[int, ...], dtype: torch.dtype) -> None:
+    inputs, outputs, padded = 72, (40, 16, 24)[: len(ranks)], 24
+    parts, row, rank = [], 0, 2
+    for number, (r, n) in enumerate(zip(ranks, outputs, strict=True)):
+        single = torch.float64 if dtype == torch.float64 else torch.float32
+        a, b = random(r, inputs, dtype=single, seed=number), random(n, r, dtype=single, seed=9 + number)
+        parts.append(Factors(a, b, row, rank, 0.5 + number))
+        row, rank = row + n, rank + r
+    a_PK, beside_a = strided(padded, inputs, dtype)
+    b_NP, beside_b = strided(row, padded, dtype)
+    place_factors(parts, a_PK, b_NP)
+    expected_a, expected_b = torch.zeros(padded, inputs).double(), torch.zeros(row, padded).double()
+    for part in parts:
+        expected_a[part.rank : part.rank + len(part.a_rK)] = part.a_rK
+        block = expected_b[part.row : part.row + len(part.b_Nr)]
+        block[:, part.rank : part.rank + part.b_Nr.shape[1]] = part.b_Nr.double() * part.scale
+    for actual, expected in ((a_PK, expected_a), (b_NP, expected_b)):
+        assert_near(actual, expected)
+        assert torch.equal(actual == 0, expected == 0)
+    beside_a()
+    beside_b()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("features", [40, 1100])
 def test_swiglu_and_its_gradient(features: int, dtype: torch.dtype) -> None:
     rows = 3
@@ -445,22 +490,24 @@ def test_on_a_cpu_the_reference_runs_and_under_the_interpreter_every_kernel(monk
         rms_norm(x, weight, 1e-5, out, stats)
         rms_norm_backward(x, x, weight, stats, None, out)
         rotate_(out.view(2, 1, 64), x, x)
+        join_heads(out, x.view(1, 1, 2, 64))
+        place_factors([Factors(x[:1], x[:, :1].contiguous(), 0, 0, 1.0)], out[:1], other[:, :1])
         swiglu_(x, x, out)
         swiglu_backward(x, x, x, out, other)
         linear_cross_entropy(x, x, torch.tensor([0, 1]))
         every = {
             f"{module.__name__.split('.')[-1]}.{name}"
-            for module in (nf4, rmsnorm, rope, swiglu, head)
+            for module in (nf4, rmsnorm, rope, swiglu, factors, head)
             for name, value in vars(module).items()
             if isinstance(value, Kernel)
         }
-        assert len(every) == 7
+        assert len(every) == 9
         assert launched == (every if INTERPRETED and dtype == torch.float32 else set())
         launched.clear()
 
 
 def test_triton_is_imported_only_for_a_kernel() -> None:
-    modules = ("nf4", "rmsnorm", "rope", "swiglu", "linear_cross_entropy")
+    modules = ("nf4", "rmsnorm", "rope", "swiglu", "factors", "linear_cross_entropy")
     code = "import sys, torch; before = 'triton' in sys.modules; import "
     code += ", ".join(f"qlora_dist.kernels.{name}" for name in modules)
     code += "; assert before or 'triton' not in sys.modules, 'triton was imported'"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_dist.kernels import linear_cross_entropy, nf4, rmsnorm, rope, swiglu
+from qlora_dist.kernels import factors, linear_cross_entropy, nf4, rmsnorm, rope, swiglu
 from qlora_dist.kernels.launch import Kernel
 
 triton = pytest.importorskip("triton")
@@ -21,7 +21,7 @@ from triton.runtime import driver  # noqa: E402
 # A100; RTX 4090, L4 and L40S (99 KB of shared memory a program, the least of the three); H100 and H200.
 ARCHITECTURES = [80, 89, 90]
 SHARED_BYTES = 99 * 1024
-MODULES = [nf4, rmsnorm, rope, swiglu, linear_cross_entropy]
+MODULES = [factors, nf4, rmsnorm, rope, swiglu, linear_cross_entropy]
 
 
 def test_values_in_the_interpreter() -> None:
@@ -129,9 +129,14 @@ def test_the_kernels_of_a_block_compile(compiles: tuple[int, Compiled]) -> None:
     logits, targets = empty(2048, 128256), empty(2048, dtype=torch.int64)
     linear_cross_entropy.cross_entropy_(logits, targets, empty(2048, dtype=torch.float32), gradient=True)
     dequantise(4096, 4096, torch.bfloat16, nested=True)
-    assert len(made) == 7
+    heads = [empty(2, 2048, count, 128).transpose(1, 2) for count in (32, 8, 8)]
+    rope.join_heads(empty(4096, 6144 + 64)[:, :6144], *heads, angles=(empty(2048, 128), empty(2048, 128)), inverse=True)
+    a, b = empty(16, 4096, dtype=torch.float32), empty(4096, 16, dtype=torch.float32)
+    factors.place_factors([factors.Factors(a, b, 0, 0, 2.0)], empty(64, 4096), empty(4096, 4096 + 64)[:, 4096:])
+    assert len(made) == 9
     for name, compiled in made.items():
-        assert is_vectorised(compiled) or name == "nf4._dequantize", name
+        # Factors are small; they are read as they lie.
+        assert is_vectorised(compiled) or name in ("nf4._dequantize", "factors._place"), name
     # No exchange between threads (no shared memory), whole 16-byte stores, and no product is fused into a sum.
     ptx = made["nf4._dequantize"].asm["ptx"]
     assert made["nf4._dequantize"].metadata.shared == 0
@@ -146,6 +151,12 @@ def test_other_shapes_and_dtypes_compile(compiles: tuple[int, Compiled]) -> None
     capability, _ = compiles
     dequantise(33, 31, torch.float32, nested=False)
     dequantise(4096, 4096, torch.float16, nested=False)
+    rope.join_heads(empty(10, 2 * 80, dtype=torch.float16), empty(2, 2, 5, 80, dtype=torch.float16))
+    parts = [
+        factors.Factors(empty(r, 96, dtype=torch.float32), empty(64, r, dtype=torch.float32), 64 * i, 8 * i, 1.0)
+        for i, r in enumerate((7, 8, 8))
+    ]
+    factors.place_factors(parts, empty(64, 96, dtype=torch.float16), empty(192, 64, dtype=torch.float16))
     rope.rotate_(empty(8, 2, 80, dtype=torch.float16), empty(8, 80), empty(8, 80), inverse=True)
     swiglu.swiglu_backward(*(empty(4, 100, dtype=torch.float32) for _ in range(5)))
     loss, targets = empty(4, dtype=torch.float32), empty(4, dtype=torch.int64)

@@ -1,5 +1,7 @@
 """Optimizer state that lives in pinned host memory and visits the device for the step, one parameter's at a time."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,7 +20,8 @@ def keep_on_host(optimizer: Optimizer) -> None:
     """
     marked: Any = optimizer
     marked.state_on_host = True
-    marked.step = partial(_step_by_parameter, optimizer, optimizer.step)
+    if not hasattr(optimizer, "device_steps"):
+        marked.step = partial(_step_by_parameter, optimizer, optimizer.step)
 
 
 def send_home(optimizer: Any, parameter: nn.Parameter) -> None:
@@ -41,15 +44,25 @@ def _step_by_parameter(optimizer: Any, step: Any) -> None:
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                homes = _fetch(optimizer.state.get(parameter, {}), parameter.device)
                 optimizer.param_groups = [group | {"params": [parameter]}]
-                step()
-                state = optimizer.state[parameter]
-                for key, home in homes.items():
-                    state[key] = home.copy_(state[key], non_blocking=True)
-                send_home(optimizer, parameter)
+                with state_on_device(optimizer, parameter):
+                    step()
     finally:
         optimizer.param_groups = groups
+
+
+@contextmanager
+def state_on_device(optimizer: Any, parameter: nn.Parameter) -> Iterator[None]:
+    """Within, the state of `parameter` is on its device, wherever `optimizer` keeps it."""
+    if not getattr(optimizer, "state_on_host", False):
+        yield
+        return
+    homes = _fetch(optimizer.state.get(parameter, {}), parameter.device)
+    yield
+    state = optimizer.state[parameter]
+    for key, home in homes.items():
+        state[key] = home.copy_(state[key], non_blocking=True)
+    send_home(optimizer, parameter)
 
 
 def _fetch(state: dict[str, Any], device: torch.device) -> dict[str, Tensor]:

@@ -1,4 +1,8 @@
-"""Optimizers by transformers' names, over named parameters; their state by parameter name."""
+"""Optimizers by transformers' names, over named parameters; their state by parameter name.
+
+bitsandbytes' AdamW (its 8-bit and 32-bit ones, paged or not) and torch's optimizers on a GPU leave a step out by a flag
+that only the device knows, and multiply gradients by what only the device knows: `take_step`.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -10,6 +14,7 @@ from torch.optim import Optimizer
 
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import TrainConfig
+from qlora_dist.optim.adamw import DeviceSteps
 from qlora_dist.optim.on_host import CONSTANT_KEYS, keep_on_host, send_home
 
 
@@ -47,18 +52,55 @@ def build_optimizer(
         unpaged = name.removeprefix("paged_")
         notice(f"train.optim: {name} runs as {unpaged} on a {device.type.upper()}, which has no memory to page from")
         name = unpaged
-    optimizer = _make(name, parameter_groups(parameters, config), adam, lion, config)
-    if hasattr(optimizer, "update_step"):
-        optimizer.step = partial(_step_without_waiting, optimizer)  # type: ignore[assignment, method-assign]
+    optimizer: Any = _make(name, parameter_groups(parameters, config), adam, lion, config, device)
+    if getattr(optimizer, "optimizer_name", None) == "adam":
+        optimizer.device_steps = DeviceSteps(optimizer)
+        optimizer.step = optimizer.device_steps.step
+    elif hasattr(optimizer, "update_step"):
+        optimizer.step = partial(_step_without_waiting, optimizer)
     if on_host:
         keep_on_host(optimizer)
-    return optimizer
+    made: Optimizer = optimizer
+    return made
+
+
+def take_step(optimizer: Any, skip: bool | Tensor = False, scale: Tensor | None = None) -> None:
+    """One step of what `build_optimizer` made, or none.
+
+    Args:
+        skip: leave the step out; a tensor of one element stays on the device, for Lion alone the host waits for it.
+        scale: fp32, one element on the device: gradients are multiplied by it first (and may be changed in place).
+    """
+    flag = skip if isinstance(skip, Tensor) else None
+    if flag is None and skip:
+        return
+    if hasattr(optimizer, "device_steps"):
+        optimizer.step(flag, scale)
+    elif optimizer.defaults.get("fused"):
+        optimizer.found_inf = None if flag is None else flag.float()
+        optimizer.grad_scale = None if scale is None else scale.reciprocal()
+        optimizer.step()
+        optimizer.found_inf = optimizer.grad_scale = None
+    elif flag is None or not bool(flag):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if scale is not None:
+            torch._foreach_mul_(grads, scale)
+        optimizer.step()
+
+
+def settle(optimizer: Any) -> None:
+    """Wait until the state can be read on the host, and its step counts are those of steps taken."""
+    if hasattr(optimizer, "device_steps"):
+        optimizer.device_steps.settle()
+    if getattr(optimizer, "is_paged", False):
+        for device in {p.device for group in optimizer.param_groups for p in group["params"]}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
 
 
 @torch.no_grad()
 def _step_without_waiting(optimizer: Any) -> None:
-    """bitsandbytes' step, which waits for the device after every parameter, with one wait for paged state alone."""
-    paged_on = None
+    """bitsandbytes' step, which waits for the device after every parameter, without that: `settle` waits."""
     for g, group in enumerate(optimizer.param_groups):
         for p, parameter in enumerate(group["params"]):
             if parameter.grad is None:
@@ -67,19 +109,17 @@ def _step_without_waiting(optimizer: Any) -> None:
                 optimizer.init_state(group, parameter, g, p)
             optimizer.prefetch_state(parameter)
             optimizer.update_step(group, parameter, g, p)
-            if optimizer.is_paged and parameter.device.type == "cuda":
-                paged_on = parameter.device
-    if paged_on is not None:
-        # Managed memory may be touched by the host as soon as this returns.
-        torch.cuda.synchronize(paged_on)
 
 
 def _make(
-    name: str, trained: list[dict[str, Any]], adam: dict[str, Any], lion: dict[str, Any], config: TrainConfig
-) -> Optimizer:
+    name: str, trained: list[dict[str, Any]], adam: dict[str, Any], lion: dict[str, Any], config: TrainConfig,
+    device: torch.device,
+) -> Optimizer:  # fmt: skip
     # It takes a second to import and talks while doing so; the model room has it muted by now.
     import bitsandbytes as bnb
 
+    # The implementations that take a flag and a scale from the device; elsewhere the host has them at no cost.
+    fused = device.type == "cuda" or None
     match name:
         case "paged_adamw_8bit":
             return bnb.optim.PagedAdamW8bit(trained, **adam)
@@ -94,9 +134,9 @@ def _make(
         case "lion_8bit":
             return bnb.optim.Lion8bit(trained, **lion)
         case "adamw_torch":
-            return torch.optim.AdamW(trained, **adam)
+            return torch.optim.AdamW(trained, **adam, fused=fused)
         case "sgd":
-            return torch.optim.SGD(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+            return torch.optim.SGD(trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
     raise ValueError(f"unknown optimizer {name}")
 
 
@@ -165,6 +205,7 @@ def optimizer_state(
     optimizer: Optimizer, parameters: dict[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The state as tensors and numbers, each under `PARAMETER|KEY`; lookup tables that never change are left out."""
+    settle(optimizer)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, float] = {}
     for name, parameter in parameters.items():
@@ -190,6 +231,7 @@ def load_optimizer_state(
     Raises:
         UserError: the state is another optimizer's or another adapter's.
     """
+    settle(optimizer)
     stored: dict[str, dict[str, Any]] = {name: {} for name in parameters}
     for full_name, value in (*tensors.items(), *numbers.items()):
         name, _, key = full_name.rpartition("|")
@@ -205,10 +247,13 @@ def load_optimizer_state(
         else:
             if "state1" in stored[name]:
                 raise UserError("optimizer-state-format", name=name)
+            # torch keeps its step counts on the host, except where it steps by a flag of the device's.
+            counts_stay = not optimizer.defaults.get("fused")
             optimizer.state[parameter] = {
-                key: value.clone() if isinstance(value, Tensor) and value.dim() == 0 else _like(value, parameter)
+                key: value.clone() if isinstance(value, Tensor) and not value.dim() and counts_stay
+                else _like(value, parameter)
                 for key, value in stored[name].items()
-            }
+            }  # fmt: skip
         send_home(optimizer, parameter)
 
 

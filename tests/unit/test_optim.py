@@ -7,7 +7,13 @@ from transformers import get_scheduler
 
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import TrainConfig
-from qlora_dist.optim.optimizers import build_optimizer, load_optimizer_state, optimizer_state, set_learning_rate
+from qlora_dist.optim.optimizers import (
+    build_optimizer,
+    load_optimizer_state,
+    optimizer_state,
+    set_learning_rate,
+    take_step,
+)
 from qlora_dist.optim.schedules import build_schedule
 
 OPTIMS = ["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_lion_8bit", "lion_8bit", "adamw_torch", "sgd"]
@@ -145,3 +151,48 @@ def test_lion_steps_are_the_papers() -> None:
         weight = weight * (1 - 1e-2 * 0.1) - 1e-2 * update
         momentum = 0.99 * momentum + 0.01 * grad.double()
     torch.testing.assert_close(named["small"].detach().double(), weight, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("optim", OPTIMS)
+def test_a_step_left_out_by_a_flag_never_was(optim: str) -> None:
+    """Parameters, state and step counts are those of the other steps alone, and gradients are scaled as asked."""
+    config = TrainConfig(optim=optim, learning_rate=1e-2, weight_decay=0.01)
+    states = []
+    for flags in ([False, True, False, True, False], [False, False, False]):
+        named = parameters()
+        optimizer = build_optimizer(named, config, lambda text: None)
+        taken = 0
+        for flag in flags:
+            generator = torch.Generator().manual_seed(taken)
+            for parameter in named.values():
+                grad = torch.randn(parameter.shape, generator=generator)
+                parameter.grad = torch.full_like(grad, torch.nan) if flag else grad * (1 if len(flags) == 5 else 0.5)
+            # As a flag of the device's, and as the host's.
+            skip = torch.tensor(flag) if len(flags) == 5 else flag
+            take_step(optimizer, skip, torch.tensor(0.5) if len(flags) == 5 else None)
+            taken += not flag
+        states.append((named, *optimizer_state(optimizer, named)))
+    (named, tensors, numbers), (plain, plain_tensors, plain_numbers) = states
+    assert all(torch.equal(named[name], plain[name]) for name in named)
+    assert numbers == plain_numbers
+    assert tensors.keys() == plain_tensors.keys()
+    assert all(torch.equal(tensors[name], plain_tensors[name]) for name in tensors)
+
+
+def test_torchs_fused_optimizers_take_the_flag_too() -> None:
+    """What `adamw_torch` and `sgd` are on a GPU, here on the CPU."""
+    for kind in (torch.optim.AdamW, torch.optim.SGD):
+        named = parameters()
+        optimizer = kind(named.values(), lr=1e-2, fused=True)
+        plain = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in named.items()}
+        other = kind(plain.values(), lr=1e-2)
+        for step, flag in enumerate([False, True, False]):
+            for mine, theirs in zip(named.values(), plain.values(), strict=True):
+                grad = torch.randn(mine.shape, generator=torch.Generator().manual_seed(step))
+                mine.grad, theirs.grad = grad * 4 if not flag else grad + torch.nan, grad
+            take_step(optimizer, torch.tensor(flag), torch.tensor(0.25))
+            if not flag:
+                other.step()
+        for name, parameter in named.items():
+            # The fused ones compute in another order.
+            torch.testing.assert_close(parameter, plain[name], rtol=1e-6, atol=1e-6)

@@ -18,6 +18,7 @@ ScheduleName = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
 StrategyName = Literal["none", "ddp", "fsdp", "hybrid", "zero2", "zero3"]
+VocabularyStorage = Literal["bf16", "8bit", "nf4", "host"]
 OptimName = Literal[
     "paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_lion_8bit", "lion_8bit", "adamw_torch", "sgd"
 ]
@@ -44,6 +45,14 @@ class ModelConfig(Section):
     double_quant: bool = Field(True, description="Quantise the quantisation constants too.")
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="`auto` is bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."
+    )
+    embedding: VocabularyStorage = Field(
+        "bf16",
+        description="How the embedding is kept: `bf16` is the compute dtype, `host` the same in pinned host memory, "
+        "of which the GPU reads the rows of a micro-batch. Frozen, as the rest of the base.",
+    )
+    head: VocabularyStorage = Field(
+        "bf16", description="How the head is kept; as `embedding` where the model has one weight for both."
     )
     cache_quantized: Path | None = Field(
         None, description="Folder to keep the quantised base in; stock transformers loads it. Reused when present."
@@ -189,7 +198,12 @@ class TrainConfig(Section):
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0 turns clipping off.")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(False, description="Recompute every decoder layer in the backward.")
+    activations: Literal["auto", "keep", "recompute", "offload"] = Field(
+        "auto",
+        description="What fused layers keep for the backward. `auto`: what fits, planned before the first step. "
+        "`offload`: each layer's input, in pinned host memory.",
+    )
     memory_budget_gib: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="GPU memory a worker may use in all, CUDA's own and NCCL's included; the whole GPU where unset.",
@@ -354,6 +368,13 @@ class RunConfig(Section):
         return train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * self.launch.max_workers
 
     @property
+    def activations(self) -> Literal["auto", "keep", "recompute", "offload"]:
+        """`train.activations`, with what `train.gradient_checkpointing` and `shard.offload` say of it."""
+        if "activations" in self.shard.offload:
+            return "offload"
+        return "recompute" if self.train.gradient_checkpointing else self.train.activations
+
+    @property
     def strategy(self) -> StrategyName:
         """The strategy that `shard.strategy: auto` stands for."""
         if self.shard.strategy != "auto":
@@ -369,6 +390,8 @@ def contradictions(config: RunConfig) -> Iterator[UserError]:
         yield UserError("model-name-empty")
     if train.max_steps is not None and train.num_train_epochs is not None:
         yield UserError("steps-and-epochs")
+    if train.gradient_checkpointing and train.activations in ("keep", "offload"):
+        yield UserError("checkpointing-and-activations", activations=train.activations)
     if train.warmup_steps and train.warmup_ratio:
         yield UserError("warmup-twice")
     if train.max_steps is not None and train.warmup_steps > train.max_steps:

@@ -5,7 +5,8 @@ N: trained tokens  H: hidden size  V: vocabulary  C: rows of a chunk
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,14 +28,37 @@ BLOCK = 16 * 32 * WARPS
 IGNORED = -100
 
 
+@dataclass(frozen=True)
+class Slices:
+    """A frozen [V, H] weight of which so many rows at a time exist in floating point, such as a quantised one.
+
+    step: rows of a slice; the last may have fewer.
+    make: rows [first, last) in `dtype`, [last - first, H]; they last until it is called again.
+    """
+
+    vocabulary: int
+    dtype: torch.dtype
+    step: int
+    make: Callable[[int, int], Tensor]
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        for first in range(0, self.vocabulary, self.step):
+            last = min(first + self.step, self.vocabulary)
+            yield slice(first, last), self.make(first, last)
+
+
 def linear_cross_entropy(
-    hidden_NH: Tensor, weight_VH: Tensor | Callable[[], Tensor], targets_N: Tensor, chunk: int | None = None
+    hidden_NH: Tensor,
+    weight_VH: Tensor | Slices | Callable[[], Tensor | Slices],
+    targets_N: Tensor,
+    chunk: int | None = None,
 ) -> Tensor:
     """The sum over n of -log softmax(hidden[n] @ weight^T)[targets[n]]: a float32 scalar (float64 for float64).
 
     The weight is frozen; a callable is asked for it once, in the forward, and it is not kept (a sharded head gathers it
-    there). GEMMs run in the weight's dtype; the gradient of hidden is computed in the same pass and kept, [N, H] in
-    hidden's dtype. `targets_N`: int64 in [0, V), or -100 for a token that does not count. N may be 0.
+    there). Slices of it are made twice for each chunk of rows. GEMMs run in the weight's dtype; the gradient of hidden
+    is computed in the same pass and kept, [N, H] in hidden's dtype. `targets_N`: int64 in [0, V), or -100 for a token
+    that does not count. N may be 0.
     `chunk`: rows of logits held at once; by default what 0.5 GiB holds.
     """
     gradient = torch.is_grad_enabled() and hidden_NH.requires_grad
@@ -47,28 +71,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_NH: Tensor,
-        weight_VH: Tensor | Callable[[], Tensor],
+        weight_VH: Tensor | Slices | Callable[[], Tensor | Slices],
         targets_N: Tensor,
         chunk: int | None,
         gradient: bool,
     ) -> Tensor:
-        weight = weight_VH if isinstance(weight_VH, Tensor) else weight_VH()
-        weight = weight.detach()
-        rows, vocabulary = hidden_NH.shape[0], weight.shape[0]
-        loss_N = hidden_NH.new_zeros(rows, dtype=compute_dtype(weight))
+        weight = weight_VH if isinstance(weight_VH, Tensor | Slices) else weight_VH()
+        slices = weight if isinstance(weight, Slices) else _whole(weight.detach())
+        rows, vocabulary = hidden_NH.shape[0], slices.vocabulary
         dhidden_NH = torch.empty_like(hidden_NH, memory_format=torch.contiguous_format) if gradient else None
-        chunk = chunk or chunk_rows(rows, vocabulary, weight.element_size())
-        logits_CV = weight.new_empty(min(chunk, rows), vocabulary)
+        chunk = chunk or chunk_rows(rows, vocabulary, slices.dtype.itemsize)
+        logits_CV = hidden_NH.new_empty(min(chunk, rows), vocabulary, dtype=slices.dtype)
+        loss_N = hidden_NH.new_zeros(rows, dtype=compute_dtype(logits_CV))
         for start in range(0, rows, chunk):
             end = min(start + chunk, rows)
             logits = logits_CV[: end - start]
-            torch.mm(hidden_NH[start:end].to(weight.dtype), weight.t(), out=logits)
+            hidden = hidden_NH[start:end].to(slices.dtype)
+            for part, weight in slices:
+                torch.mm(hidden, weight.t(), out=logits[:, part])
             cross_entropy_(logits, targets_N[start:end], loss_N[start:end], gradient)
             if dhidden_NH is not None:
-                if hidden_NH.dtype == weight.dtype:
-                    torch.mm(logits, weight, out=dhidden_NH[start:end])
-                else:
-                    dhidden_NH[start:end] = logits @ weight
+                product_into(dhidden_NH[start:end], logits, slices)
         if dhidden_NH is not None:
             ctx.save_for_backward(dhidden_NH)
         return loss_N.sum()
@@ -81,6 +104,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # be rounded to bf16 first, and all gradients of the run with it.
         scaled_NH = torch.mul(dhidden_NH, dloss.view(1), out=torch.empty_like(dhidden_NH))
         return scaled_NH, None, None, None, None
+
+
+def _whole(weight_VH: Tensor) -> Slices:
+    return Slices(weight_VH.shape[0], weight_VH.dtype, max(weight_VH.shape[0], 1), lambda first, last: weight_VH)
+
+
+def product_into(out_CH: Tensor, grad_CV: Tensor, slices: Slices) -> None:
+    """Writes grad @ weight into `out_CH`; the slices' products are summed in float32 and rounded once."""
+    if slices.step >= slices.vocabulary:
+        ((_, weight_VH),) = slices
+        if out_CH.dtype == slices.dtype:
+            torch.mm(grad_CV, weight_VH, out=out_CH)
+        else:
+            out_CH.copy_(grad_CV @ weight_VH)
+        return
+    wide = compute_dtype(grad_CV)
+    sum_CH = torch.zeros(out_CH.shape, dtype=wide, device=out_CH.device)
+    for part, weight in slices:
+        if wide == slices.dtype:
+            sum_CH.addmm_(grad_CV[:, part], weight)
+        elif grad_CV.is_cuda:
+            sum_CH += torch.mm(grad_CV[:, part], weight, out_dtype=wide)
+        else:
+            sum_CH += grad_CV[:, part].to(wide) @ weight.to(wide)
+    out_CH.copy_(sum_CH)
 
 
 def chunk_rows(rows: int, vocabulary: int, element_size: int) -> int:

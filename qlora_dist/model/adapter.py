@@ -15,6 +15,7 @@ from qlora_dist.config.catalogue.facts import and_more
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.folders import publish_folder
 from qlora_dist.config.schema import AdapterConfig
+from qlora_dist.model.embedding import Stored, stored_modules
 from qlora_dist.model.quiet import mute_known_chatter, quiet_libraries
 
 if TYPE_CHECKING:
@@ -120,6 +121,8 @@ def check_trainable(model: nn.Module) -> tuple[int, int]:
             raise UserError("adapter-trains-base", name=peft_key(name))
         quant_state = getattr(parameter, "quant_state", None)
         counts[parameter.requires_grad] += parameter.numel() if quant_state is None else quant_state.shape.numel()
+    # What is in host memory is no parameter; one that embedding and head share counts once, as the others.
+    counts[False] += sum({id(m.host): m.host.numel() for m in stored_modules(model) if m.host is not None}.values())
     if not counts[True]:
         raise UserError("adapter-trains-nothing")
     return counts[True], counts[True] + counts[False]
@@ -370,6 +373,12 @@ def _check_module_names(model: nn.Module, lora: "LoraConfig", folder: Path | Non
             field = f"{settings}layers_to_transform"
             raise UserError("adapter-layer-unknown", field=field, layer=layer, layers=num_layers, last=num_layers - 1)
     for name, module in model.named_modules():
+        for field, named in (("target_modules", targets), ("modules_to_save", lora.modules_to_save)):
+            if isinstance(module, Stored) and _is_named(name, named):
+                setting = "model.embedding" if isinstance(module, nn.Embedding) else "model.head"
+                raise UserError(
+                    "stored-vocabulary-trained", field=settings + field, name=name, setting=setting, kind=module.kind
+                )
         if any(name == saved or name.endswith("." + saved) for saved in lora.modules_to_save or []) and any(
             getattr(p, "quant_state", None) is not None for p in module.parameters()
         ):
@@ -389,13 +398,17 @@ def _targets_without_weights(model: nn.Module, lora: "LoraConfig") -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if (
-            re.fullmatch(targets, name)
-            if isinstance(targets, str)
-            else any(name == target or name.endswith("." + target) for target in targets)
-        )
-        and getattr(getattr(module, "weight", None), "ndim", 0) < 2
+        if _is_named(name, targets) and getattr(getattr(module, "weight", None), "ndim", 0) < 2
     ]
+
+
+def _is_named(name: str, wanted: Any) -> bool:
+    """Whether a module's name is among PEFT's `wanted`: names, or a regular expression."""
+    if wanted is None or wanted == "all-linear":
+        return False
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == one or name.endswith("." + one) for one in wanted)
 
 
 def _nearest(wanted: str, names: list[str]) -> str:

@@ -11,11 +11,12 @@ from qlora_dist.config.errors import UserError
 from qlora_dist.config.folders import folder_lock, publish_folder
 from qlora_dist.config.schema import AdapterConfig, ModelConfig
 from qlora_dist.model.cache import check_cache, holds_anything, write_cache
+from qlora_dist.model.embedding import plan_storage, store_filled
 from qlora_dist.model.inits import init_settings, split_tensors
 from qlora_dist.model.placement import Placement
 from qlora_dist.model.quiet import quiet_libraries
 from qlora_dist.model.resolve import is_hub_id
-from qlora_dist.model.stream import ALONE, stream_model
+from qlora_dist.model.stream import ALONE, empty_model, stream_model
 from qlora_dist.model.synthetic import synthetic_tensors
 from qlora_dist.model.tensors import LazyTensor, folder_tensors
 from qlora_dist.model.weights import base_fingerprint, is_synthetic
@@ -79,9 +80,9 @@ def load_base(
 ) -> "PreTrainedModel":
     """The base model on `device`, frozen, without a key-value cache, in evaluation mode.
 
-    With `quantization: nf4` or `fp4`, linear layers are bitsandbytes `Linear4bit`; embeddings and `lm_head` keep the
-    compute dtype. With `cache_quantized`, the quantised model is read from that folder, which the first process to
-    need it writes (the others wait).
+    With `quantization: nf4` or `fp4`, linear layers are bitsandbytes `Linear4bit`. Embedding and head keep the compute
+    dtype, or are what `embedding` and `head` say. With `cache_quantized`, the quantised model is read from that folder,
+    which the first process to need it writes (the others wait); embedding and head are in the compute dtype there.
 
     Tensors stream: on the host there is the one at hand beside what stays there.
 
@@ -194,6 +195,8 @@ def _through_cache(
 
     placement.once(prepare)
     if written:
+        plan_storage(written[0], config, cache)
+        store_filled(written[0], last=True)
         return written[0]
     gc.collect()
     if device.type == "cuda":
@@ -213,7 +216,10 @@ def _write_cache(
     start: dict[str, torch.Tensor] = {}
     if adapter is not None and adapter.changes_base:
         tensors, start = split_tensors(tensors, config, adapter, folder, device, dtype)
-    model = _filled(config, folder, tensors, device, dtype, True, ALONE)
+    # What cannot be stored as asked for is refused before the work.
+    plan_storage(empty_model(config, folder, dtype), config, folder)
+    plain = config.model_copy(update={"embedding": "bf16", "head": "bf16"})
+    model = _filled(plain, folder, tensors, device, dtype, True, ALONE)
     tokenizer = load_tokenizer(folder, config.trust_remote_code)
     publish_folder(
         _cache_folder(config), lambda partial: write_cache(model, tokenizer, folder, partial, settings, start)

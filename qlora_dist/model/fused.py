@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qlora_dist.kernels.linear_cross_entropy import linear_cross_entropy
 from qlora_dist.model.block import KEEP_ALL, Block, Plan, run_block
+from qlora_dist.model.embedding import StoredHead
 
 # Decoder layers that are Llama's but for what `Block` knows of: biases, normed heads, sliding windows.
 LAYER_CLASSES = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
@@ -135,7 +136,10 @@ def fuse_head(base: Any) -> HeadLoss | None:
     None where the head trains or is wrapped: its logits are needed then.
     """
     head = base.get_output_embeddings()
-    if type(head) is not nn.Linear or head.weight.requires_grad or head.bias is not None:
+    stored = isinstance(head, StoredHead)
+    if not stored and (type(head) is not nn.Linear or head.weight.requires_grad):
+        return None
+    if head.bias is not None:
         return None
     if getattr(base.config, "final_logit_softcapping", None) or getattr(base.config, "logit_scale", 1.0) != 1.0:
         return None
@@ -147,6 +151,8 @@ def fuse_head(base: Any) -> HeadLoss | None:
             if asked.index_N is None or asked.target_N is None:
                 return usual(hidden_states)
             hidden_NH = hidden_states.reshape(-1, hidden_states.shape[-1])[asked.index_N]
+            if stored:
+                return linear_cross_entropy(hidden_NH, head.slices(hidden_NH.device), asked.target_N)
             current = head.__dict__.get("current_weight")
             weight = head.weight if current is None else current
             return linear_cross_entropy(hidden_NH, weight, asked.target_N)

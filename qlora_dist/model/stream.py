@@ -2,8 +2,9 @@
 
 import ctypes
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch
 from qlora_dist.config.catalogue.facts import and_more
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import ModelConfig
+from qlora_dist.model.embedding import plan_storage, store_filled
 from qlora_dist.model.placement import Alone, Placement
 from qlora_dist.model.quiet import mute_known_chatter, quiet_libraries
 from qlora_dist.model.tensors import LazyTensor
@@ -79,10 +81,11 @@ def stream_model(
     transformers does the filling (its renamings, tied weights, buffers, dtypes, and bitsandbytes' quantisation), so
     that the result is what it makes of the folder itself. It is given tensors that exist one at a time: on the host
     there is never more than the one at hand beside what stays there. `placement` sees the model before each of them,
-    and decides what stays.
+    and decides what stays. Embedding and head are stored as `model.embedding` and `model.head` say.
 
     Raises:
-        UserError: it does not fit into the GPU's memory, or a weight of the model is missing or of another shape.
+        UserError: it does not fit into the GPU's memory, a weight of the model is missing or of another shape, or
+            embedding or head cannot be stored so.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -94,7 +97,8 @@ def stream_model(
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     try:
         with quiet_libraries(), _one_at_a_time():
-            loaded: Any = _shown_to(built, model_class).from_pretrained(
+            shown = _shown_to(built, model_class, partial(plan_storage, config=config, folder=folder))
+            loaded: Any = shown.from_pretrained(
                 None,
                 config=hf_config,
                 state_dict={name: _announced(tensor, placement, built) for name, tensor in tensors.items()},
@@ -109,6 +113,7 @@ def stream_model(
             missing = sorted(info["missing_keys"])
             if missing:
                 raise UserError("weights-missing", folder=folder, weights=and_more(missing))
+            store_filled(model, last=True)
             placement.filled(model)
             built.clear()
     except torch.OutOfMemoryError as error:
@@ -118,11 +123,12 @@ def stream_model(
     return model  # type: ignore[no-any-return]
 
 
-def _shown_to(built: list["PreTrainedModel"], model_class: Any) -> Any:
-    """`model_class`, whose instances put themselves into `built`: transformers fills a model that it shows nobody."""
+def _shown_to(built: list["PreTrainedModel"], model_class: Any, prepare: Callable[["PreTrainedModel"], None]) -> Any:
+    """`model_class`, whose instances are prepared and put into `built`: transformers fills a model it shows nobody."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, *args, **kwargs)
+        prepare(self)
         built.append(self)
 
     names = {"__init__": __init__, "__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
@@ -131,6 +137,7 @@ def _shown_to(built: list["PreTrainedModel"], model_class: Any) -> Any:
 
 def _announced(tensor: LazyTensor, placement: Placement, built: list["PreTrainedModel"]) -> LazyTensor:
     def make() -> torch.Tensor:
+        store_filled(built[0], last=False)
         placement.filling(built[0])
         return tensor[...]
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from qlora_dist.model.embedding import Stored
 from qlora_dist.shard.units import Unit
 
 # Where a tensor may begin: a divisor of every dtype's size and of a GPU's widest load.
@@ -132,7 +133,8 @@ class FrozenUnit:
                 owner.__dict__[f"current_{name}"] = partial(self.current, tensor)
                 if is_4bit(tensor.weight):
                     owner.__class__ = _keeping_its_weight(type(owner))  # type: ignore[arg-type]
-                if isinstance(owner, nn.Linear) and name == "weight":
+                # A stored head asks for its weight anew by itself.
+                if isinstance(owner, nn.Linear) and name == "weight" and not isinstance(owner, Stored):
                     forward = _linear_forward(owner, tensor)
                     # A fused head wraps whatever the plain forward is.
                     with_loss = owner.__dict__.get("with_loss")

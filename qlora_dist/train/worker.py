@@ -33,8 +33,8 @@ from qlora_dist.model.adapter import (
     write_adapter,
 )  # fmt: skip
 from qlora_dist.model.base import compute_dtype, load_base, load_tokenizer
-from qlora_dist.model.block import KEEP_ALL, RECOMPUTE_ALL
-from qlora_dist.model.fused import fuse, set_plan
+from qlora_dist.model.block import Block
+from qlora_dist.model.fused import fuse
 from qlora_dist.model.gguf import rounding_note
 from qlora_dist.model.resolve import resolve_base
 from qlora_dist.model.weights import base_fingerprint
@@ -44,13 +44,14 @@ from qlora_dist.shard.activations import offload_activations
 from qlora_dist.shard.loading import make_placement
 from qlora_dist.shard.strategy import FullState, Strategy, make_strategy
 from qlora_dist.track.attempt import open_metrics
+from qlora_dist.train.activation_plan import largest_micro_batch, rehearsal_batch, set_activations
 from qlora_dist.train.boundaries import check_document_boundaries
 from qlora_dist.train.context import Worker
 from qlora_dist.train.evaluate import answer_prompts
 from qlora_dist.train.heartbeat import Heartbeat
 from qlora_dist.train.loop import Loop
 from qlora_dist.train.progress import Progress
-from qlora_dist.train.step import LossScale, lays_flat
+from qlora_dist.train.step import LossScale, accumulate_gradients, lays_flat
 from qlora_dist.train.vocabulary import check_vocabulary
 
 # What makes an adapter another adapter, by PEFT's names.
@@ -58,6 +59,8 @@ ADAPTER_IDENTITY = (
     "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "modules_to_save", "rank_pattern", "alpha_pattern",
     "layers_to_transform",
 )  # fmt: skip
+# What a checkpoint was made with that says nothing of it.
+IDENTITY_BEFORE = {"model.embedding": "bf16", "model.head": "bf16"}
 # What CUDA's context, its libraries and NCCL take beside PyTorch's allocator, which alone can be capped.
 BESIDE_ALLOCATOR_GIB = 2.0
 # Two missed heartbeats and a little more.
@@ -129,16 +132,15 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
         note("notice", placement.reason)
     check_vocabulary(base, tokenizer, [table for table in (train_table, eval_table) if table is not None])
     adapted = attach_adapter(base, config.adapter, config.seed, config.model.revision)
-    if config.train.gradient_checkpointing:
+    if config.activations == "recompute":
         # transformers 5.2x has a new name for it and warns at the old one.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    blocks: list[Block] = []
     if config.model.fused == "always" or (config.model.fused == "auto" and worker.device.type == "cuda"):
-        # What a fused layer keeps stays on the GPU: offloading is for the one tensor that recomputation starts from.
-        recomputes = config.train.gradient_checkpointing or "activations" in config.shard.offload
-        set_plan(fuse(adapted, partial(note, "notice")), RECOMPUTE_ALL if recomputes else KEEP_ALL)
+        blocks = fuse(adapted, partial(note, "notice"))
     describe_model(note, adapted, config, dtype, folder)
-    if "activations" in config.shard.offload:
+    if config.activations == "offload":
         if worker.device.type == "cpu":
             note("notice", "shard.offload: the activations of a run on a CPU are in host memory anyway")
         else:
@@ -153,6 +155,13 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
     model = strategy.apply(adapted, make_optimizer)
     if config.data.packing:
         check_document_boundaries(model, lays_flat(config), dtype, worker.device)
+    largest = largest_micro_batch(config, train_table)
+    batch = rehearsal_batch(largest, tokenizer.pad_token_id, worker.device)
+    rehearse = partial(accumulate_gradients, model, strategy, [(batch, 0)], batch.num_loss_tokens, 1.0, dtype)
+    kept = set_activations(config, blocks, strategy, rehearse, worker.device, largest, dtype.itemsize)
+    if kept is not None:
+        note("memory", f"activations {kept}")
+    del batch, rehearse
     adapter_config = adapter_config_json(adapted)
     adapter_settings = json.loads(adapter_config)
     identity = agree(worker, run_identity(config, folder, train_table, adapter_settings) if lead else None)
@@ -255,6 +264,11 @@ def run_identity(
     return {
         "model.name": base_fingerprint(base_folder),
         "model.quantization": f"{config.model.quantization}, double_quant {config.model.double_quant}",
+        # What is in host memory is the same weight.
+        **{
+            f"model.{name}": "bf16" if kind == "host" else kind
+            for name, kind in (("embedding", config.model.embedding), ("head", config.model.head))
+        },
         "data.packing": f"to {config.data.max_length} tokens" if config.data.packing else "off",
         "data.train": table.fingerprint,
         "data.shuffle": config.data.shuffle,
@@ -285,12 +299,12 @@ def resume(checkpoint: Path, strategy: Strategy, identity: dict[str, Any], optim
         raise UserError("checkpoint-damaged", path=checkpoint, problems=f"{STATE} lacks identity or progress")
     saved = snapshot.state["identity"]
     for name, value in identity.items():
-        if saved.get(name) != value:
+        if saved.get(name, IDENTITY_BEFORE.get(name)) != value:
             if name == "data.train":
                 raise UserError("checkpoint-data-differs", checkpoint=checkpoint)
             if len(str(value)) > 40:  # a checksum, which says nothing to a person
                 raise UserError("checkpoint-content-differs", checkpoint=checkpoint, setting=name)
-            was = saved.get(name)
+            was = saved.get(name, IDENTITY_BEFORE.get(name))
             raise UserError("checkpoint-value-differs", checkpoint=checkpoint, setting=name, saved=was, value=value)
     match yaml.safe_load(snapshot.config_yaml):
         # Paged or not, the state is the same.
@@ -440,6 +454,8 @@ def describe_model(note: Any, model: nn.Module, config: RunConfig, dtype: torch.
     trainable, total = check_trainable(model)
     bits = config.model.quantization.upper() + (", double quantisation" if config.model.double_quant else "")
     base = "not quantised" if config.model.quantization == "none" else bits
+    for name, kind in (("embedding", config.model.embedding), ("head", config.model.head)):
+        base += "" if kind == "bf16" else f"; {name} {kind}"
     note(
         "model",
         f"{config.model.name}: {total - trainable:,} frozen parameters ({base}), {trainable:,} trained "

@@ -27,6 +27,10 @@ ADAPTER: dict[str, Mendable] = {
     "adapter-layer-unknown": Mendable(
         "{field} names layer {layer}, but the base has {layers}, counted from 0", "give numbers up to {last}"
     ),
+    "stored-vocabulary-trained": Mendable(
+        "{field} names {name}, whose weights {setting}={kind} keeps frozen",
+        "set {setting}=bf16, or name the other modules only",
+    ),
     "saved-module-quantised": Mendable(
         "{field} names {name}, which is quantised and cannot be trained in full",
         "put it in adapter.target_modules or set model.quantization=none",

@@ -157,6 +157,14 @@ LOADING: dict[str, Mendable] = {
         "model.attn_implementation: a {model_type} model cannot use {attention} with the installed transformers",
         "set it to eager",
     ),
+    "tied-vocabulary": Mendable(
+        "model.embedding is {embedding} and model.head is {head}, but the model in {folder} has one weight for both",
+        "set both to the same",
+    ),
+    "vocabulary-not-plain": Mendable(
+        "model.{field}={kind} needs a plain layer, which the {type} of a {model_type} model is not",
+        "set model.{field}=bf16",
+    ),
     "model-too-large": Mendable(
         "model.name: {name} does not fit into the memory of {device}",
         "use model.quantization=nf4, a smaller model, or a GPU with more memory",

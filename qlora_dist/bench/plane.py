@@ -173,7 +173,7 @@ def _labels(axes: Axes, canvas: FigureCanvasAgg, spots: Sequence[Spot]) -> None:
             )
 
 
-def _around(at: Sequence[float], reach: float) -> Bbox:
+def _around(at: Any, reach: float) -> Bbox:
     x, y = at
     return Bbox.from_extents(x - reach, y - reach, x + reach, y + reach)
 

@@ -3,7 +3,8 @@
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from qlora_dist.track.metrics import read_metrics
 # What the log of a run says that ended for want of GPU memory, its own words and PyTorch's.
 OUT_OF_MEMORY = ("ran out of memory", "CUDA out of memory", "OutOfMemoryError", "CUBLAS_STATUS_ALLOC_FAILED")
 TAIL = 3000
-NO_TIME = "no time left"
+NO_TIME, OVER_LIMIT = "no time left", "over the time limit"
 # Less than this is not enough for a process to import PyTorch.
 LEAST_S = 15.0
 
@@ -31,7 +32,7 @@ def measure(point: Point, settings: Path, scratch: Path, warm_up: int, limit_s: 
         number: tells the folders of the points apart.
 
     Returns:
-        the point, outcome ("ok", "out of memory", "over the time limit" or "failed"), seconds, gpu_total_gib,
+        outcome ("ok", "out of memory", "over the time limit" or "failed"), seconds, gpu_total_gib,
         host_peak_gib and, if it is ok, what `step_figures` says.
     """
     run_dir = scratch / f"run-{number:03d}"
@@ -40,9 +41,6 @@ def measure(point: Point, settings: Path, scratch: Path, warm_up: int, limit_s: 
     started = time.time()
     ended = watched([*command, f"output_dir={run_dir}"], log, limit_s, point.environment)
     record: Record = {
-        "name": point.name,
-        "overrides": point.overrides,
-        "environment": point.environment,
         "outcome": outcome(ended.code, ended.over_limit, log),
         "seconds": ended.seconds,
         "gpu_total_gib": ended.gpu_peak_gib,
@@ -56,7 +54,7 @@ def measure(point: Point, settings: Path, scratch: Path, warm_up: int, limit_s: 
 def outcome(code: int, over_limit: bool, log: Path) -> str:
     """A command's end in a word or two."""
     if over_limit:
-        return "over the time limit"
+        return OVER_LIMIT
     if code == 0:
         return "ok"
     told = log.read_text(errors="replace")
@@ -94,43 +92,51 @@ def _largest(ranks: list[dict[str, Any]], key: str) -> float:
     return float(max(rank.get(key) or 0 for rank in ranks)) / 2**30
 
 
-def run_points(
-    points: list[Point],
+@dataclass(frozen=True)
+class Task:
+    """Something that is measured once: its name, what its record holds in any case, and how, given seconds."""
+
+    name: str
+    facts: Record
+    run: Callable[[float], Record]
+
+
+def run_tasks(
+    tasks: Sequence[Task],
     document: dict[str, Any],
     out: Path,
-    measure_one: Callable[[Point, float], Record],
-    point_limit_s: float,
+    task_limit_s: float,
     limit_s: float,
     tell: Callable[[Record], None],
 ) -> None:
-    """Measure the points that `document` has no good record of, in their order, into `document` and `out`.
+    """Measure the tasks that `document` has no record of, in their order, into `document` and `out`.
 
-    A point gets `point_limit_s` seconds, or what is left of `limit_s` for all of them; one that nothing is left for
+    A task gets `task_limit_s` seconds, or what is left of `limit_s` for all of them; one that nothing is left for
     is a record that says so, and is measured when the command is run again with --resume.
     """
     started = time.monotonic()
-    done = {record["name"] for record in document["records"] if record["outcome"] != NO_TIME}
-    document["records"] = [record for record in document["records"] if record["name"] in done]
-    for point in points:
-        if point.name in done:
+    document["records"] = [record for record in document["records"] if record["outcome"] != NO_TIME]
+    done = {record["name"] for record in document["records"]}
+    for task in tasks:
+        if task.name in done:
             continue
         left_s = limit_s - (time.monotonic() - started)
-        if left_s < LEAST_S:
-            record: Record = {"name": point.name, "overrides": point.overrides, "outcome": NO_TIME}
-        else:
-            record = measure_one(point, min(point_limit_s, left_s))
+        measured = task.run(min(task_limit_s, left_s)) if left_s >= LEAST_S else {"outcome": NO_TIME}
+        if measured["outcome"] == OVER_LIMIT and left_s < task_limit_s:
+            measured = {"outcome": NO_TIME}
+        record = {"name": task.name, **task.facts, **measured}
         document["records"].append(record)
         write(out, document)
         tell(record)
 
 
-def spots(document: dict[str, Any], series: str = OURS) -> list[Spot]:
+def spots(document: dict[str, Any]) -> list[Spot]:
     """The points of the plane, by what PyTorch allocated; on a CPU by the host's peak. Tokens/s a worker."""
     records = [record for record in document["records"] if record["outcome"] == "ok"]
     return [
         Spot(
-            series,
-            record["name"],
+            record.get("series", OURS),
+            record.get("label", record["name"]),
             record["peak_allocated_gib"] or record["host_peak_gib"],
             record["tokens_per_second"] / record["workers"],
         )

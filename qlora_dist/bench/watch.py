@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+import qlora_dist
+
 LOOK_S = 0.25
 # For a trainer to write its checkpoint and leave after SIGTERM.
 PATIENCE_S = 15.0
@@ -44,12 +46,15 @@ def watched(
     folder: Path | None = None,
 ) -> Watched:
     """Run `command` to its end or for `limit_s` seconds, its output in `log`; nothing of it is left running."""
+    inherited = os.environ | dict(environment or {})
+    # What is not installed but run from its folder is found from any other folder too.
+    paths = [str(Path(qlora_dist.__file__).parents[1]), *filter(None, [inherited.get("PYTHONPATH")])]
     started = time.monotonic()
     gpu_peak, host_peak, over_limit = gpu_used_gib(), 0.0, False
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | dict(environment or {}), cwd=folder,
-            start_new_session=True,
+            command, stdout=file, stderr=subprocess.STDOUT, env=inherited | {"PYTHONPATH": os.pathsep.join(paths)},
+            cwd=folder, start_new_session=True,
         )  # fmt: skip
         try:
             while process.poll() is None:

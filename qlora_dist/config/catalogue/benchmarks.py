@@ -31,6 +31,18 @@ BENCHMARKS: dict[str, Mendable] = {
         "--peer {name} is not among the peers",
         "choose from {peers}",
     ),
+    "bench-size-form": Mendable(
+        "--size {sizes} is not of the form 8x2048,4x2048",
+        "write sequences x tokens, with a comma between two sizes",
+    ),
+    "bench-base-failed": Mendable(
+        "the base could not be quantised for the peers: {outcome} ({error})",
+        "try `qlora-dist bench throughput` with the same --model and --set, which shows more",
+    ),
+    "bench-rows-too-short": Mendable(
+        "no batch of {size} tokens can be made of the rows, which are shorter",
+        "leave data.train to the benchmark, or choose a smaller --size",
+    ),
     "bench-kernel-unknown": Mendable(
         "--only {name} is part of no kernel's name",
         "choose from {kernels}",

@@ -22,17 +22,20 @@ from qlora_dist.kernels.rmsnorm import rms_norm, rms_norm_backward
 from qlora_dist.kernels.rope import join_heads, rotate_
 from qlora_dist.kernels.swiglu import swiglu, swiglu_backward
 from qlora_dist.model.projection import Projection, current, statistics_dtype
+from qlora_dist.plan.activations import LayerShape
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a layer keeps from its forward for its backward; the rest is computed again.
 
-    attention: q, k, v and the attention's output. gate_up: the inputs of SwiGLU.
+    attention: q, k, v and the attention's output. gate_up: the inputs of SwiGLU. weights: the frozen weights in the
+    compute dtype, from step to step.
     """
 
     attention: bool = True
     gate_up: bool = True
+    weights: bool = False
 
 
 KEEP_ALL, RECOMPUTE_ALL = Plan(), Plan(attention=False, gate_up=False)
@@ -56,6 +59,22 @@ class Block:
         config_window = getattr(attention.config, "sliding_window", None) if "Mistral" in type(layer).__name__ else None
         self.window: int | None = getattr(attention, "sliding_window", config_window)
         self.plan = KEEP_ALL
+
+    def set_plan(self, plan: Plan) -> None:
+        """Use `plan` from the next forward on."""
+        self.plan = plan
+        for projection in self.projections:
+            projection.keep_weight(plan.weights)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the frozen weights are gathered for each use."""
+        return any("current_weight" in part.base.__dict__ for p in self.projections for part in p.parts)
+
+    @property
+    def shape(self) -> LayerShape:
+        """Its sizes."""
+        return LayerShape(self.qkv.K, self.down.K, self.q_width, self.kv_width)
 
     @property
     def projections(self) -> tuple[Projection, ...]:

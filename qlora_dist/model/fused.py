@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qlora_dist.kernels.linear_cross_entropy import linear_cross_entropy
 from qlora_dist.model.block import KEEP_ALL, Block, Plan, run_block
 from qlora_dist.model.embedding import StoredHead
+from qlora_dist.model.norm import fuse_norm
 
 # Decoder layers that are Llama's but for what `Block` knows of: biases, normed heads, sliding windows.
 LAYER_CLASSES = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
@@ -20,7 +21,7 @@ SUBLAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_a
 
 
 def fuse(model: nn.Module, notice: Callable[[str], None] = print) -> list[Block]:
-    """Give the decoder layers that allow it their fused forward, and the head its fused loss.
+    """Give the decoder layers that allow it and the last norm their fused forward, and the head its fused loss.
 
     Generation, disabled adapters and key-value caches go on through the usual forward.
 
@@ -43,6 +44,7 @@ def fuse(model: nn.Module, notice: Callable[[str], None] = print) -> list[Block]
             reasons[reason] += 1
     for reason, count in reasons.items():
         notice(f"{count} decoder layers run unfused, and slower: {reason}")
+    fuse_norm(base)
     fuse_head(base)
     return blocks
 
@@ -115,7 +117,7 @@ ATTENTION_KWARGS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", 
 def set_plan(blocks: list[Block], plan: Plan = KEEP_ALL) -> None:
     """Use one plan for all layers."""
     for block in blocks:
-        block.plan = plan
+        block.set_plan(plan)
 
 
 class HeadLoss:

@@ -82,8 +82,27 @@ class Projection:
             row, rank = part.rows.stop, part.ranks.stop
         self.K: int = part.base.in_features
         self.N, self.R = row, rank
+        self._keeps = False
+        self._kept: Tensor | None = None
         self.adapted = [part for part in self.parts if part.has_adapter]
         self.has_bias = any(part.base.bias is not None for part in self.parts)
+
+    def keep_weight(self, keeps: bool) -> None:
+        """Whether the dequantised weight stays in memory from the next use on."""
+        self._keeps = keeps
+        if not keeps:
+            self._kept = None
+
+    def _weight(self, outputs: int, inputs: int, like: Tensor) -> tuple[Tensor, bool]:
+        """A buffer [outputs, inputs] with room for the factors beside or below the weight; whether it holds that."""
+        if not self._keeps:
+            return scratch(outputs * inputs, like).view(outputs, inputs), False
+        ready = self._kept is not None and self._kept.dtype == like.dtype
+        if not ready:
+            padded = self.padded_rank(like.device)
+            self._kept = like.new_empty(self.N + padded, self.K + padded)
+        assert self._kept is not None
+        return self._kept[:outputs, :inputs], ready
 
     def padded_rank(self, device: torch.device) -> int:
         """P: tensor cores want multiples; a CPU does not."""
@@ -122,13 +141,14 @@ class Projection:
         self, x_MW: Tensor, factors: Sequence[Tensor], residual_MN: Tensor | None = None, out_MN: Tensor | None = None
     ) -> Tensor:
         """y = x W' + (x A') (s B)' [+ bias] [+ residual], [M, N]; fills the columns of `x_MW` that hold x A'."""
-        w_NW = scratch(self.N * x_MW.shape[1], x_MW).view(self.N, x_MW.shape[1])
+        w_NW, ready = self._weight(self.N, x_MW.shape[1], x_MW)
         if self.R:
             padded = x_MW.shape[1] - self.K
             a_PK = scratch(padded * self.K, x_MW, "factors").view(padded, self.K)
             place_factors(self._placed(factors), a_PK, w_NW[:, self.K :])
             torch.mm(x_MW[:, : self.K], a_PK.t(), out=x_MW[:, self.K :])
-        self._dequantize(w_NW)
+        if not ready:
+            self._dequantize(w_NW)
         bias_N = self.bias()
         if bias_N is not None:
             y_MN = torch.addmm(bias_N.to(x_MW.dtype), x_MW, w_NW.t(), out=out_MN)
@@ -139,10 +159,10 @@ class Projection:
 
     def input_gradient(self, dy_MW: Tensor, factors: Sequence[Tensor], out_MK: Tensor | None = None) -> Tensor:
         """dx [M, K]; `dy_MW` [M, N + P] holds dy in its first N columns, and dy s B in the others afterwards."""
-        rows = dy_MW.shape[1]
-        w_WK = scratch(rows * self.K, dy_MW).view(rows, self.K)
+        w_WK, ready = self._weight(dy_MW.shape[1], self.K, dy_MW)
         self._project_back(dy_MW, factors, w_WK[self.N :])
-        self._dequantize(w_WK)
+        if not ready:
+            self._dequantize(w_WK)
         return torch.mm(dy_MW, w_WK, out=out_MK)
 
     def _project_back(self, dy_MW: Tensor, factors: Sequence[Tensor], a_PK: Tensor) -> None:

@@ -96,7 +96,7 @@ class View:
             self.console.print(Padding(data_table(event["splits"]), (0, 0, 0, 10)))
         elif kind == "example" and self.console.is_terminal:
             self.console.print(Padding(learned_text(event["pieces"]), (1, 0, 1, 10)))
-        elif kind in ("data", "example", "plan", "model", "notice", "resumed"):
+        elif kind in ("data", "example", "plan", "model", "memory", "notice", "resumed"):
             for line in event["message"].splitlines():
                 self.line(kind, line)
         elif kind == "generation":

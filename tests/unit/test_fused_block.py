@@ -36,7 +36,8 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen3": lambda: Qwen3Config(**SIZES),
 }
 PLANS = {"keep": KEEP_ALL, "recompute": RECOMPUTE_ALL, "gate and up again": Plan(gate_up=False),
-         "attention again": Plan(attention=False)}  # fmt: skip
+         "attention again": Plan(attention=False), "weights kept": Plan(weights=True),
+         "weights alone": Plan(attention=False, gate_up=False, weights=True)}  # fmt: skip
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all linear": dict(r=4, lora_alpha=12, target_modules="all-linear"),
     "patterns": dict(r=4, lora_alpha=8, target_modules="all-linear", rank_pattern={"q_proj": 7, "up_proj": 2},

@@ -7,6 +7,10 @@ CONTRADICTIONS: dict[str, Mendable] = {
         "train.max_steps and train.num_train_epochs are both set",
         "remove one of them",
     ),
+    "checkpointing-and-activations": Mendable(
+        "train.gradient_checkpointing recomputes every layer, and train.activations is {activations}",
+        "leave gradient_checkpointing out",
+    ),
     "warmup-twice": Mendable(
         "train.warmup_steps and train.warmup_ratio are both set",
         "remove one of them",

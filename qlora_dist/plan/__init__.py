@@ -1,0 +1,1 @@
+"""The memory and time model of a step: arithmetic alone, without torch."""

@@ -1,0 +1,171 @@
+"""What each fused layer keeps from its forward: chosen before the first step, from the memory that is really there.
+
+The leanest plan is rehearsed once at the run's largest micro-batch, with its backward; what it leaves free is spent on
+what saves the most time a byte, and the chosen plan is rehearsed in its turn. Rehearsals leave no trace.
+"""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qlora_dist.config.schema import RunConfig
+from qlora_dist.data.collate import MicroBatch
+from qlora_dist.data.table import TokenTable
+from qlora_dist.model.block import RECOMPUTE_ALL, Block, Plan
+from qlora_dist.plan.activations import KINDS, Kind, choose, describe, gains
+from qlora_dist.shard.strategy import Strategy
+from qlora_dist.train.step import lays_flat
+
+# What is left to the allocator's rounding and to what the rehearsal did not see, such as a library's workspaces.
+MARGIN_SHARE, MARGIN_BYTES = 0.03, 2**28
+# Of the room that a plan used too much of, what the next one gets.
+SHRINK, ATTEMPTS = 0.85, 4
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The largest micro-batch of a run: rows, tokens a row, whether rows hold several documents, or one holds all."""
+
+    rows: int
+    length: int
+    packed: bool = False
+    flat: bool = False
+
+
+def largest_micro_batch(config: RunConfig, table: TokenTable) -> Largest:
+    """As many rows as a micro-batch has, each as long as the longest pack."""
+    rows, length = config.train.per_device_train_batch_size, int(table.pack_tokens.max())
+    return Largest(rows, length, config.data.packing, lays_flat(config))
+
+
+def rehearsal_batch(size: Largest, pad_token_id: int, device: torch.device) -> MicroBatch:
+    """A micro-batch of that size in which every token bears loss, of two documents a row where rows are packed."""
+    shape = (1, size.rows * size.length) if size.flat else (size.rows, size.length)
+    document = -(-size.length // 2) if size.packed else size.length
+    ids_BT = torch.full(shape, pad_token_id, dtype=torch.int64)
+    place_T = torch.arange(shape[1])
+    predict_N = torch.arange(ids_BT.numel()).view(shape)[:, :-1].reshape(-1)
+    borders = torch.cat([place_T[::document], torch.tensor([shape[1]])]).int()
+    return MicroBatch(
+        packs=(),
+        input_ids_BT=ids_BT,
+        attention_mask_BT=torch.ones_like(ids_BT),
+        position_ids_BT=(place_T % document).expand(shape),
+        predict_index_N=predict_N,
+        target_N=torch.full_like(predict_N, pad_token_id),
+        num_tokens=ids_BT.numel(),
+        num_loss_tokens=len(predict_N),
+        packed=size.packed,
+        cu_seqlens_D1=borders if size.flat else None,
+        longest_document=document,
+    ).to(device)
+
+
+def set_activations(
+    config: RunConfig,
+    blocks: Sequence[Block],
+    strategy: Strategy,
+    rehearse: Callable[[], Tensor],
+    device: torch.device,
+    largest: Largest,
+    element_size: int,
+) -> str | None:
+    """Set the plan of all fused layers as `train.activations` says, and say it in one line; None where none is fused.
+
+    All ranks call it together, and agree.
+
+    Args:
+        rehearse: a forward and a backward of the largest micro-batch.
+        element_size: bytes of an activation.
+
+    Raises:
+        torch.OutOfMemoryError: not even the leanest plan fits.
+    """
+    if not blocks:
+        return None
+    if config.activations == "keep":
+        return _use(blocks, [frozenset({"attention", "gate_up"})] * len(blocks))
+    if config.activations in ("recompute", "offload") or device.type != "cuda":
+        # There is no telling on a CPU how much of the host's memory is ours.
+        keeps: frozenset[Kind] = frozenset() if config.activations != "auto" else frozenset({"attention", "gate_up"})
+        return _use(blocks, [keeps] * len(blocks))
+    _use(blocks, [frozenset()] * len(blocks))
+    lean = peak_of(rehearse, strategy, device)
+    limit = memory_limit(device)
+    room = _least((limit * (1 - MARGIN_SHARE)) - MARGIN_BYTES - lean, device)
+    kinds = [kind for kind in KINDS if kind != "weights" or not any(block.sharded for block in blocks)]
+    costs = [gains(block.shape, largest.rows * largest.length, largest.length, element_size) for block in blocks]
+    for _ in range(ATTEMPTS):
+        kept = choose(costs, room, kinds)
+        line = _use(blocks, kept)
+        try:
+            peak = peak_of(rehearse, strategy, device)
+        except torch.OutOfMemoryError:
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                # The others stand in a collective that this rank has left.
+                raise
+            peak = limit + 1
+        if _least(limit - peak, device) >= 0:
+            return f"{line}; peak {peak / 2**30:.1f} GiB of {limit / 2**30:.1f} in rehearsal"
+        room *= SHRINK
+    return _use(blocks, [frozenset()] * len(blocks))
+
+
+def lean_down(blocks: Sequence[Block]) -> str | None:
+    """Give up what a quarter of the layers keep, the earliest first; what is left in one line, None where nothing was.
+
+    For a run that met an out-of-memory error all the same.
+    """
+    keeping = [block for block in blocks if block.plan != RECOMPUTE_ALL]
+    if not keeping:
+        return None
+    for block in keeping[: max(1, len(blocks) // 4)]:
+        block.set_plan(RECOMPUTE_ALL)
+    return describe([_kinds(block.plan) for block in blocks])
+
+
+def peak_of(rehearse: Callable[[], Tensor], strategy: Strategy, device: torch.device) -> int:
+    """The most bytes allocated while `rehearse` runs; its gradients are thrown away."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        rehearse()
+        strategy.clip(0.0, 1.0)
+    finally:
+        strategy.step(skip=True)
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def memory_limit(device: torch.device) -> int:
+    """Bytes that this process may have allocated: what it has and what is free, or its cap where that is less."""
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    return int(min(torch.cuda.memory_reserved(device) + free, allowed))
+
+
+def _least(number: float, device: torch.device) -> float:
+    """The smallest over all ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return number
+    box = torch.tensor(number, dtype=torch.float64, device=device)
+    dist.all_reduce(box, dist.ReduceOp.MIN)
+    return float(box)
+
+
+def _use(blocks: Sequence[Block], kept: Sequence[frozenset[Kind]]) -> str:
+    for block, kinds in zip(blocks, kept, strict=True):
+        block.set_plan(Plan("attention" in kinds, "gate_up" in kinds, "weights" in kinds))
+    return describe(kept)
+
+
+def _kinds(plan: Plan) -> frozenset[Kind]:
+    return frozenset(kind for kind in KINDS if getattr(plan, kind))

@@ -19,6 +19,8 @@ from qlora_dist.model.base import load_base
 from qlora_dist.model.embedding import Stored, StoredHead, quantize_8bit, slice_rows
 from qlora_dist.model.fused import fuse, fused_loss_sum
 from qlora_dist.model.resolve import resolve_base
+from qlora_dist.shard.frozen import FrozenUnit
+from qlora_dist.shard.units import Unit
 from qlora_dist.track.metrics import read_metrics
 from tests.single import small_config, train_here
 from tests.unit.test_fused_block import with_float64_norms
@@ -271,3 +273,14 @@ def test_a_checkpoint_knows_what_its_base_was(tiny_model: Path, tmp_path: Path) 
     assert "model.head" in outcome["message"]
     outcome = train_here(small_config(tmp_path, tiny_model, train=further, model=model | {"embedding": "host"}))
     assert outcome["state"] == "finished", outcome["message"]
+
+
+def test_shards_hold_the_stored_bytes(tiny_model: Path) -> None:
+    model = load(tiny_model, embedding="nf4", head="8bit")
+    values = model.lm_head.weight.numel()
+    wanted = {"embed": values * BYTES["nf4"], "head": values, "host": 0}
+    host = load(tiny_model, embedding="host").get_input_embeddings()
+    modules = {"embed": model.get_input_embeddings(), "head": model.get_output_embeddings(), "host": host}
+    for name, module in modules.items():
+        frozen = FrozenUnit(Unit(name, (module,)), 2)
+        assert wanted[name] <= frozen.num_bytes <= wanted[name] + (5 * 256 if wanted[name] else 0)

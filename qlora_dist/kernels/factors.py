@@ -53,8 +53,8 @@ def place_factors(parts: Sequence[Factors], a_PK: Tensor, b_NP: Tensor) -> None:
     (padded, inputs), outputs = a_PK.shape, b_NP.shape[0]
     # A part that is not there has no rows, so nothing of it is read.
     filled = [*parts, *[Factors(a_PK, b_NP, 0, 0, 0.0)] * (MOST_PARTS - len(parts))]
-    ranks = [len(part.a_rK) for part in parts] + [0] * (MOST_PARTS - len(parts))
-    rows = [len(part.b_Nr) for part in parts] + [0] * (MOST_PARTS - len(parts))
+    ranks = [part.a_rK.shape[0] for part in parts] + [0] * (MOST_PARTS - len(parts))
+    rows = [part.b_Nr.shape[0] for part in parts] + [0] * (MOST_PARTS - len(parts))
     (a0, b0, row0, rank0, s0), (a1, b1, row1, rank1, s1), (a2, b2, row2, rank2, s2) = filled
     _place[(-(-padded * inputs // BLOCK) + -(-outputs * padded // BLOCK),)](
         a0, a1, a2, b0, b1, b2, a_PK, b_NP, s0, s1, s2, inputs, outputs, a_PK.stride(0), b_NP.stride(0),

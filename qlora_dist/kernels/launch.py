@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 
+# Of launches with sizes of their own: ragged data has many.
+MOST_KNOWN = 4096
+
+
 def runs_on_triton(x: Tensor) -> bool:
     """Whether the kernel takes `x`: on CUDA, or on a CPU under TRITON_INTERPRET=1; float64 is the references' alone."""
     return x.dtype != torch.float64 and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
@@ -59,6 +63,8 @@ class Kernel:
                 with torch.cuda.device(device):
                     compiled = self.jit[grid](*args, **named)
                 constants = tuple(named[name] for name in self.jit.arg_names[len(args) :])
+                if len(self._compiled) >= MOST_KNOWN:
+                    self._compiled.clear()
                 self._compiled[key] = compiled, constants
                 return
             compiled, constants = known
@@ -80,17 +86,14 @@ def _device_of(args: tuple[Any, ...]) -> int:
 
 
 def _specialisation(device: int, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
-    """What Triton compiles for, or finer: dtypes and alignments, whether numbers are 1, multiples of 16, long."""
+    """Finer than what Triton compiles for: dtypes and alignments, and whole numbers themselves."""
     key: list[Any] = [device, *named.values()]
     for arg in args:
-        kind = type(arg)
-        if kind is int:
-            key.append((arg == 1, arg & 15 == 0, -(2**31) <= arg < 2**31))
-        elif kind is float or kind is bool:
-            key.append(kind)
-        else:
+        if isinstance(arg, Tensor):
             key.append(arg.dtype)
-            key.append(arg.data_ptr() & 15 == 0)
+            key.append(arg.data_ptr() & 15)
+        else:
+            key.append(float if type(arg) is float else arg)
     return tuple(key)
 
 

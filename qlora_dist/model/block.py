@@ -117,7 +117,7 @@ class _BlockFunction(torch.autograd.Function):
         kept = attend(block, inputs, x_BTH.shape, x_MH, qkv_f, differentiable=plan.attention)
         x1_MH, out_xa = attention_output(block, kept.result, x_MH, out_f)
         gu_MW, gu_xa, rstd_M = gate_and_up(block, x1_MH, gu_f)
-        h_MW = block.down.room(len(x_MH), x_MH)
+        h_MW = block.down.room(x_MH.shape[0], x_MH)
         swiglu(*halves(block, gu_MW), h_MW[:, : block.down.K])
         # The output is no view: FSDP hangs its hook on it.
         y_BTH = torch.empty_like(x_BTH)
@@ -157,13 +157,13 @@ class _BlockFunction(torch.autograd.Function):
         n_MW, _ = normed(norm2, x1_MH, block.gate_up)
         gu_g = block.gate_up.factor_gradients(gu_MW, n_MW[:, : block.gate_up.K], gu_xa)
         del gu_MW, gate_MF, up_MF, n_MW
-        dx1_MW = block.output.output_room(len(x_MH), x_MH)
+        dx1_MW = block.output.output_room(x_MH.shape[0], x_MH)
         dx1_MH = dx1_MW[:, : block.output.N]
         rms_norm_backward(dn_MH, x1_MH, current(norm2, "weight"), rstd2_M, dy_MW[:, : block.down.N], dx1_MH)
         del dn_MH, dy_MW
 
         da_MK = block.output.input_gradient(dx1_MW, out_f)
-        a_MK = kept.result.transpose(1, 2).reshape(len(x_MH), block.output.K)
+        a_MK = kept.result.transpose(1, 2).reshape(x_MH.shape[0], block.output.K)
         out_g = block.output.factor_gradients(dx1_MW, a_MK, out_xa)
         dqkv_MW = attention_backward(block, ctx.inputs, kept, da_MK, x_MH)
         del da_MK, a_MK
@@ -177,7 +177,7 @@ class _BlockFunction(torch.autograd.Function):
         qkv_g = block.qkv.factor_gradients(dqkv_MW, n1_MK, kept.xa_MR)
         del dqkv_MW, n1_MW, n1_MK
         # As wide as the layer before this one wants it, which is of the same make.
-        dx_MW = block.down.output_room(len(x_MH), x_MH)
+        dx_MW = block.down.output_room(x_MH.shape[0], x_MH)
         dx_MH = dx_MW[:, : block.down.N]
         rms_norm_backward(dn1_MH, x_MH, current(norm1, "weight"), kept.rstd_M, dx1_MH, dx_MH)
         WIDE.clear()
@@ -220,15 +220,15 @@ def run_block(block: Block, x_BTH: Tensor, cos: Tensor, sin: Tensor, mask: Tenso
 
 def normed(norm: Any, x_MH: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
     """RMSNorm of x in the first columns of a buffer [M, K + P] for `projection`, and 1 / rms [M]."""
-    out_MW = projection.room(len(x_MH), x_MH)
-    rstd_M = torch.empty(len(x_MH), dtype=statistics_dtype(x_MH), device=x_MH.device)
+    out_MW = projection.room(x_MH.shape[0], x_MH)
+    rstd_M = torch.empty(x_MH.shape[0], dtype=statistics_dtype(x_MH), device=x_MH.device)
     rms_norm(x_MH, current(norm, "weight"), norm.variance_epsilon, out_MW[:, : projection.K], rstd_M)
     return out_MW, rstd_M
 
 
 def attention_output(block: Block, result: Tensor, x_MH: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The residual stream [M, H] after the attention, and the low rank product of its projection."""
-    a_MW = block.output.room(len(x_MH), x_MH)
+    a_MW = block.output.room(x_MH.shape[0], x_MH)
     join_heads(a_MW[:, : block.output.K], result.detach())
     x1_MH = block.output.forward(a_MW, factors, residual_MN=x_MH)
     return x1_MH, block.output.low_rank(a_MW)
@@ -237,7 +237,7 @@ def attention_output(block: Block, result: Tensor, x_MH: Tensor, factors: Sequen
 def gate_and_up(block: Block, x1_MH: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Gate and up in the first columns of [M, N + P], their low rank products, and 1 / rms of their input [M]."""
     n_MW, rstd_M = normed(block.layer.post_attention_layernorm, x1_MH, block.gate_up)
-    gu_MW = block.gate_up.output_room(len(x1_MH), x1_MH)
+    gu_MW = block.gate_up.output_room(x1_MH.shape[0], x1_MH)
     block.gate_up.forward(n_MW, factors, out_MN=gu_MW[:, : block.gate_up.N])
     return gu_MW, block.gate_up.low_rank(n_MW), rstd_M
 
@@ -301,7 +301,7 @@ def attention_backward(block: Block, inputs: dict[str, Any], kept: Attended, da_
     batch, time = kept.result.shape[0], kept.result.shape[2]
     da = da_MK.view(batch, time, -1, block.head_dim).transpose(1, 2)
     grads = torch.autograd.grad(kept.result, kept.heads, da)
-    dqkv_MW = block.qkv.output_room(len(x_MH), x_MH)
+    dqkv_MW = block.qkv.output_room(x_MH.shape[0], x_MH)
     join_heads(dqkv_MW[:, : block.qkv.N], *grads, angles=angles(block, inputs), inverse=True)
     if block.normed_heads:
         normed_heads_backward(block, kept, dqkv_MW)

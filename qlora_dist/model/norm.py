@@ -17,7 +17,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTH: Tensor, norm: Any) -> Tensor:
         x_MH, out_BTH = x_BTH.reshape(-1, x_BTH.shape[-1]), torch.empty_like(x_BTH)
-        rstd_M = torch.empty(len(x_MH), dtype=statistics_dtype(x_MH), device=x_MH.device)
+        rstd_M = torch.empty(x_MH.shape[0], dtype=statistics_dtype(x_MH), device=x_MH.device)
         rms_norm(x_MH, current(norm, "weight"), norm.variance_epsilon, out_BTH.view(x_MH.shape), rstd_M)
         # The weight is asked for again in the backward: a sharded one is gathered anew.
         ctx.norm = norm

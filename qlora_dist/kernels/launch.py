@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 # Of launches with sizes of their own: ragged data has many.
 MOST_KNOWN = 4096
 

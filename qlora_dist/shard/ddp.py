@@ -1,33 +1,28 @@
 """Every worker holds everything; the adapter's gradients are summed over them, hidden behind the backward.
 
-Gradients live in a few flat fp32 buffers whose layout never changes. PyTorch's DistributedDataParallel lays its buckets
-out anew after its first backward, so that a resumed run of three or more workers would sum in another order than the
-uninterrupted one; and it averages, where a token-weighted loss needs the sum.
+Gradients live in a flat fp32 buffer whose layout never changes, and are summed in a few parts of it. PyTorch's
+DistributedDataParallel lays its buckets out anew after its first backward, so that a resumed run of three or more
+workers would sum in another order than the uninterrupted one; and it averages, where a token-weighted loss needs the
+sum.
 """
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qlora_dist.shard.none import Unsharded, clip_gradients
+from qlora_dist.model.adapter import trainable_parameters
+from qlora_dist.shard.none import Unsharded
 from qlora_dist.shard.strategy import OptimizerFactory
 
 BUCKET_BYTES = 25 * 2**20
 
 
 class Bucket:
-    """A flat gradient buffer; its all-reduce starts when the last of its parameters has its gradient."""
+    """A part of the flat gradient; its all-reduce starts when the last of its parameters has its gradient."""
 
-    def __init__(self, parameters: list[nn.Parameter]):
-        size = sum(p.numel() for p in parameters)
-        self.flat = torch.zeros(size, dtype=parameters[0].dtype, device=parameters[0].device)
-        self.parameters = parameters
+    def __init__(self, parameters: list[nn.Parameter], flat: Tensor):
+        self.parameters, self.flat = parameters, flat
         self.waiting_for: set[nn.Parameter] = set()
         self.work: dist.Work | None = None
-        offset = 0
-        for parameter in parameters:
-            parameter.grad = self.flat[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
 
     def start(self) -> None:
         """Begin the sum over workers."""
@@ -40,12 +35,28 @@ class DataParallel(Unsharded):
     def apply(self, model: nn.Module, make_optimizer: OptimizerFactory) -> nn.Module:
         """See `Strategy.apply`."""
         super().apply(model, make_optimizer)
-        self.buckets = [Bucket(group) for group in _groups(list(self.parameters.values()))]
+        groups = self._groups(trainable_parameters(model))
+        self.buckets = [
+            Bucket(list(group.values()), flat) for group, flat in zip(groups, self.flat.groups, strict=True)
+        ]
         self.next_bucket = len(self.buckets)
         for bucket in self.buckets:
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(lambda p, bucket=bucket: self._ready(bucket, p))
         return model
+
+    def _groups(self, parameters: dict[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
+        """Parameters in the order in which a backward reaches them, cut into groups of bucket size."""
+        groups: list[dict[str, nn.Parameter]] = []
+        filled = 0
+        for name, parameter in reversed(parameters.items()):
+            size = parameter.numel() * parameter.element_size()
+            if not groups or filled + size > BUCKET_BYTES:
+                groups.append({})
+                filled = 0
+            groups[-1][name] = parameter
+            filled += size
+        return groups
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         """See `Strategy.backward`."""
@@ -73,25 +84,4 @@ class DataParallel(Unsharded):
         for bucket in self.buckets:
             assert bucket.work is not None
             bucket.work.wait()
-        return clip_gradients([bucket.flat for bucket in self.buckets], max_norm, loss_scale)
-
-    def step(self, skip: bool) -> None:
-        """See `Strategy.step`."""
-        if not skip:
-            self.optimizer.step()
-        for bucket in self.buckets:
-            bucket.flat.zero_()
-
-
-def _groups(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters in the order in which a backward reaches them, cut into groups of one dtype and of bucket size."""
-    groups: list[list[nn.Parameter]] = []
-    filled = 0
-    for parameter in reversed(parameters):
-        size = parameter.numel() * parameter.element_size()
-        if not groups or filled + size > BUCKET_BYTES or groups[-1][0].dtype != parameter.dtype:
-            groups.append([])
-            filled = 0
-        groups[-1].append(parameter)
-        filled += size
-    return groups
+        return super().clip(max_norm, loss_scale)

@@ -93,7 +93,7 @@ class FlatAdapter:
         found = [item for root in unit.modules for item in _trained(root, names, apart)]
         groups: dict[tuple[bool, bool], list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
         for item in found:
-            groups.setdefault((item[3].numel() < MIN_8BIT_SIZE, _is_b(item[0])), []).append(item)
+            groups.setdefault((item[3].numel() < MIN_8BIT_SIZE, is_lora_b(item[0])), []).append(item)
         self.segments: list[Segment] = []
         offset = 0
         for (small, is_b), items in sorted(groups.items(), key=lambda group: group[0]):
@@ -149,7 +149,8 @@ class FlatAdapter:
         return flat_N[weight.offset : weight.offset + weight.numel].view(weight.shape)
 
 
-def _is_b(key: str) -> bool:
+def is_lora_b(key: str) -> bool:
+    """Whether a weight is the B of an adapter, for which LoRA+ has a learning rate of its own."""
     return ".lora_B." in key or ".lora_embedding_B" in key
 
 

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.optim import Optimizer
 
+from qlora_dist.optim.optimizers import take_step
 from qlora_dist.shard.flat import FLAT, FlatAdapter, trained_names
 from qlora_dist.shard.frozen import BYTES, FrozenUnit
 from qlora_dist.shard.pieces import Piece, PieceOptimizer, clip_shards, cut, whole
@@ -198,10 +199,9 @@ class FullyShard:
         ]
         return clip_shards(grads, max_norm, loss_scale, self.device, copies=dist.get_world_size() // self.shards)
 
-    def step(self, skip: bool) -> None:
+    def step(self, skip: bool | Tensor) -> None:
         """See `Strategy.step`."""
-        if not skip:
-            self.optimizer.step()
+        take_step(self.optimizer, skip)
         self.optimizer.zero_grad(set_to_none=True)
         for unit in self.units:
             if unit.adapter is not None:

@@ -5,12 +5,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qlora_dist.model.adapter import adapter_state, load_adapter_state, trainable_parameters
-from qlora_dist.optim.optimizers import load_optimizer_state, optimizer_state
+from qlora_dist.optim.optimizers import init_optimizer_state, take_step
 from qlora_dist.shard.strategy import FullState, OptimizerFactory
+from qlora_dist.shard.views import FlatViews, full_state, load_full_state
 
 
 class Unsharded:
-    """Plain backward, clip and step."""
+    """Plain backward, clip and step, over one buffer of all gradients."""
 
     optimizer: Optimizer
     collective_forward = False
@@ -18,24 +19,33 @@ class Unsharded:
     def apply(self, model: nn.Module, make_optimizer: OptimizerFactory) -> nn.Module:
         """See `Strategy.apply`."""
         self.model = model
-        self.parameters = trainable_parameters(model)
-        self.optimizer = make_optimizer(self.parameters)
+        self.flat = FlatViews(model, self._groups(trainable_parameters(model)))
+        self.optimizer = make_optimizer(self.flat.pieces)
+        init_optimizer_state(self.optimizer, self.flat.pieces, self.flat.in_8bit)
+        self.scale: Tensor | None = None
         return model
+
+    def _groups(self, parameters: dict[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
+        return [parameters]
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         """See `Strategy.backward`."""
         loss.backward()
 
     def clip(self, max_norm: float, loss_scale: float) -> Tensor:
-        """See `Strategy.clip`."""
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        return clip_gradients(grads, max_norm, loss_scale)
+        """See `Strategy.clip`. The optimizer multiplies the gradients as it reads them."""
+        norm = torch.linalg.vector_norm(self.flat.grad_N) / loss_scale
+        self.scale = None
+        if max_norm > 0:
+            self.scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0) / loss_scale
+        elif loss_scale != 1.0:
+            self.scale = torch.full_like(norm, 1.0 / loss_scale)
+        return norm
 
-    def step(self, skip: bool) -> None:
+    def step(self, skip: bool | Tensor) -> None:
         """See `Strategy.step`."""
-        if not skip:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        take_step(self.optimizer, skip, self.scale)
+        self.flat.grad_N.zero_()
 
     def full_adapter(self) -> dict[str, Tensor]:
         """See `Strategy.full_adapter`."""
@@ -47,23 +57,9 @@ class Unsharded:
 
     def full_state(self) -> FullState:
         """See `Strategy.full_state`."""
-        return FullState(self.full_adapter(), *optimizer_state(self.optimizer, self.parameters))
+        return full_state(self.optimizer, self.flat, self.full_adapter())
 
     def load_full_state(self, state: FullState) -> None:
         """See `Strategy.load_full_state`."""
         self.load_adapter(state.adapter)
-        load_optimizer_state(self.optimizer, self.parameters, state.optimizer, state.optimizer_scalars)
-
-
-def clip_gradients(grads: list[Tensor], max_norm: float, loss_scale: float) -> Tensor:
-    """Divide `grads` by `loss_scale` and clip them in place to the 2-norm `max_norm` over all of them (0: no clipping).
-
-    Returns:
-        The norm before clipping and after the division, a scalar on the gradients' device.
-    """
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / loss_scale
-    if max_norm > 0:
-        torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0) / loss_scale)
-    elif loss_scale != 1.0:
-        torch._foreach_div_(grads, loss_scale)
-    return norm
+        load_full_state(self.optimizer, self.flat, state)

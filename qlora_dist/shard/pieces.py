@@ -13,7 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qlora_dist.optim.optimizers import CONSTANT_KEYS, init_optimizer_state, load_optimizer_state, zero_code
+from qlora_dist.optim.optimizers import (
+    CONSTANT_KEYS,
+    init_optimizer_state,
+    load_optimizer_state,
+    settle,
+    zero_code,
+)
 from qlora_dist.shard.flat import BLOCK, FlatAdapter, Segment
 from qlora_dist.shard.strategy import FullState, OptimizerFactory
 
@@ -87,6 +93,7 @@ class PieceOptimizer:
 
     def full_state(self, adapter: dict[str, Tensor]) -> FullState:
         """The state of all pieces of all ranks by weight, beside the full `adapter`. All ranks call it together."""
+        settle(self.optimizer)
         tensors: dict[str, Tensor] = {}
         numbers: dict[str, float] = {}
         keys = self._keys()
@@ -147,7 +154,7 @@ class PieceOptimizer:
         """
         mine = {
             name: {
-                key: value.dtype if isinstance(value, Tensor) and value.dim() else value
+                key: value if not isinstance(value, Tensor) else value.dtype if value.dim() else value.cpu()
                 for key, value in self.optimizer.state.get(piece.parameter, {}).items()
                 if key not in CONSTANT_KEYS and value is not None
             }

@@ -51,12 +51,18 @@ class Strategy(Protocol):
     def clip(self, max_norm: float, loss_scale: float) -> Tensor:
         """Finish the sum over workers, divide by `loss_scale`, clip, and return the norm before clipping.
 
+        The gradients themselves may be as they were until the step.
+
         Args:
             max_norm: 0 leaves the gradients as they are.
         """
 
-    def step(self, skip: bool) -> None:
-        """Take the optimizer step, or leave it out, and clear the gradients."""
+    def step(self, skip: bool | Tensor) -> None:
+        """Take the optimizer step, or leave it out, and clear the gradients.
+
+        Args:
+            skip: a tensor of one element is not read by the host where strategy and optimizer can do without.
+        """
 
     def full_adapter(self) -> dict[str, Tensor]:
         """The whole adapter on the CPU, by PEFT's names, the same on every rank. All ranks call it together."""

@@ -154,9 +154,9 @@ class Zero2:
             return [self.partition.grad]
         return list(self.zero.averaged_gradients[0])
 
-    def step(self, skip: bool) -> None:
+    def step(self, skip: bool | Tensor) -> None:
         """See `Strategy.step`."""
-        self.stepped.skipping = skip
+        self.stepped.skipping = bool(skip)
         self.zero.step()
         self.zero.zero_grad()
 

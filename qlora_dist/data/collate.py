@@ -24,7 +24,7 @@ class MicroBatch:
     Attributes:
         packs: the packs in it; empty for a micro-batch of zero weight.
         input_ids_BT: int64.
-        attention_mask_BT: int64, 1 at tokens and 0 at padding.
+        attention_mask_BT: int64, 1 at tokens and 0 at padding; stays on the CPU, since no step needs it.
         position_ids_BT: int64, from 0 in each document; padding counts on from the last one.
         predict_index_N: int64, into the flattened [B * T] hidden states: those whose next token bears loss.
         target_N: int64, that next token.
@@ -33,6 +33,8 @@ class MicroBatch:
         packed: whether a line holds more than one document, so that they must be kept apart in attention.
         cu_seqlens_D1: int32 [D + 1], the documents' borders on the line of a flat micro-batch; None in others.
         longest_document: tokens of the longest document.
+        kept_K: int64, ascending, the positions on a line at which some line has a prediction that bears loss.
+        kept_index_N: int64, where each prediction's position is in `kept_K`.
     """
 
     packs: tuple[int, ...]
@@ -46,10 +48,20 @@ class MicroBatch:
     packed: bool = False
     cu_seqlens_D1: torch.Tensor | None = None
     longest_document: int = 0
+    kept_K: torch.Tensor | None = None
+    kept_index_N: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "MicroBatch":
-        """The same micro-batch with its tensors on `device`."""
+        """The same micro-batch with its tensors on `device`, but for the attention mask.
+
+        Args:
+            non_blocking: return before they are there; what the device does from then on finds them.
+        """
         tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        del tensors["attention_mask_BT"]
+        if non_blocking and torch.device(device).type == "cuda":
+            # Only pinned memory is copied while the host goes on.
+            tensors = {name: value.pin_memory() for name, value in tensors.items()}
         return replace(self, **{n: t.to(device, non_blocking=non_blocking) for n, t in tensors.items()})
 
 
@@ -80,6 +92,7 @@ def collate(table: TokenTable, packs: Sequence[int] | np.ndarray, pad_token_id: 
             start = end
     # Flat index of a target; a document's first token never bears loss, so the one before is in the same document.
     target_index_N = np.flatnonzero(loss_mask_BT)
+    kept_K, kept_index_N = np.unique((target_index_N - 1) % shape[1], return_inverse=True)
     return MicroBatch(
         packs=tuple(int(pack) for pack in packs),
         input_ids_BT=torch.from_numpy(input_ids_BT),
@@ -87,6 +100,8 @@ def collate(table: TokenTable, packs: Sequence[int] | np.ndarray, pad_token_id: 
         position_ids_BT=torch.from_numpy(position_ids_BT),
         predict_index_N=torch.from_numpy(target_index_N - 1),
         target_N=torch.from_numpy(input_ids_BT.reshape(-1)[target_index_N]),
+        kept_K=torch.from_numpy(kept_K),
+        kept_index_N=torch.from_numpy(kept_index_N),
         num_tokens=int(lengths.sum()),
         num_loss_tokens=len(target_index_N),
         packed=any(len(line) > 1 for line in lines),
@@ -118,6 +133,8 @@ def _empty(pad_token_id: int) -> MicroBatch:
         position_ids_BT=torch.arange(EMPTY_TOKENS)[None],
         predict_index_N=nothing,
         target_N=nothing.clone(),
+        kept_K=nothing.clone(),
+        kept_index_N=nothing.clone(),
         num_tokens=0,
         num_loss_tokens=0,
     )

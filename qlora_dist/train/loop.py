@@ -1,4 +1,8 @@
-"""The loop: it owns the step, and decides when to log, evaluate, save and stop. The same over all strategies."""
+"""The loop: it owns the step, and decides when to log, evaluate, save and stop. The same over all strategies.
+
+The host does not wait for the device within a step: what a step's loss, norm and votes came to is taken up a step later
+(`Arrivals`), and the next batch is on its way while this one trains.
+"""
 
 import contextlib
 import math
@@ -9,19 +13,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from qlora_dist.checkpoint.format import Snapshot
 from qlora_dist.checkpoint.writer import BackgroundWriter
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import to_yaml
 from qlora_dist.config.schema import RunConfig
-from qlora_dist.data.collate import collate, loss_tokens, num_tokens
-from qlora_dist.data.order import GlobalOrder, micro_batches
+from qlora_dist.data.collate import MicroBatch, collate, loss_tokens, num_tokens
+from qlora_dist.data.order import GlobalOrder, Position, micro_batches
 from qlora_dist.data.tokens import TokenTable
 from qlora_dist.optim.optimizers import set_learning_rate
 from qlora_dist.shard.strategy import Strategy
 from qlora_dist.track.metrics import MetricsLog
+from qlora_dist.train.arrivals import Arrivals
 from qlora_dist.train.evaluate import held_out_loss
 from qlora_dist.train.heartbeat import Heartbeat, memory_bytes
 from qlora_dist.train.progress import Progress
@@ -29,6 +34,16 @@ from qlora_dist.train.step import accumulate_gradients, draw_seed, lays_flat
 
 CLOSE_TIMEOUT_S = 60.0
 HOLD_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What the host knows of a step that it has launched: tokens are those of the global batch."""
+
+    step: int
+    learning_rate: float
+    num_tokens: int
+    loss_tokens: int
 
 
 @dataclass
@@ -55,12 +70,17 @@ class Loop:
     heartbeat: Heartbeat
     metrics: MetricsLog | None
     writer: BackgroundWriter | None
-    unlogged: list[tuple[int, Tensor, Tensor, float, int, int]] = field(default_factory=list)
+    # Steps whose loss and norm have arrived.
+    unlogged: list[tuple[Taken, float, float]] = field(default_factory=list)
+    ahead: dict[Position, list[MicroBatch]] = field(default_factory=dict)
     interval_start: float = 0.0
     last_eval: tuple[int, float] | None = None
     saved_step: int = -1
     asked_to_stop: bool = False
     asked_to_hold: bool = False
+
+    def __post_init__(self) -> None:
+        self.arrivals: Arrivals[Taken] = Arrivals(self.device)
 
     def run(self) -> None:
         """Train from where `progress` stands to the last step, until early stopping, or until asked to stop.
@@ -90,7 +110,7 @@ class Loop:
         while self.progress.step < self.total_steps and not self.stopped_early() and not self.asked_to_stop:
             self.take_step()
             step, last = self.progress.step, self.progress.step == self.total_steps
-            if last or step % self.config.train.logging_steps == 0:
+            if last:
                 self.log()
             improved = False
             if last or self.due(self.config.eval.eval_steps):
@@ -134,13 +154,9 @@ class Loop:
         progress, config = self.progress, self.config
         self.heartbeat.at(progress.step + 1, "compute")
         packs, following = self.order.batch_at(progress.position)
-        mine = micro_batches(packs, config.train.per_device_train_batch_size, self.rank, self.world_size)
         batches = [
-            (
-                collate(self.train_table, part, self.pad_token_id, flat=lays_flat(config)).to(self.device),
-                draw_seed(config.seed, progress.step, part[0] if part else 0),
-            )
-            for part in mine
+            (batch, draw_seed(config.seed, progress.step, batch.packs[0] if batch.packs else 0))
+            for batch in self.ahead.pop(progress.position, None) or self.fetch(progress.position)
         ]
         bear_loss = loss_tokens(self.train_table, packs)
         share = accumulate_gradients(
@@ -149,25 +165,51 @@ class Loop:
         )  # fmt: skip
         self.heartbeat.at(progress.step + 1, "collective")
         norm = self.strategy.clip(config.train.max_grad_norm, progress.loss_scale.scale)
-        # The votes on stopping and holding ride along, so that all ranks do so after the same step.
-        asked = (self.heartbeat.stop_asked, self.heartbeat.hold_asked)
-        totals = torch.stack([share, *(torch.full_like(share, vote) for vote in asked)])
+        asked = self.heartbeat.stop_asked, self.heartbeat.hold_asked
         if self.world_size > 1:
+            # The votes on stopping and holding ride along, so that all ranks do so after the same step.
+            totals = torch.stack([share, *(torch.full_like(share, vote) for vote in asked)])
             dist.all_reduce(totals)
-        share = totals[0]
-        self.asked_to_stop, self.asked_to_hold = (totals[1:] > 0).tolist()
-        # bitsandbytes' and torch's optimizers take their decision on the host, so the flag is read here.
-        skip = not bool(torch.isfinite(norm) & torch.isfinite(share))
+        else:
+            totals = share.view(1)
+            self.asked_to_stop, self.asked_to_hold = asked
         learning_rate = self.schedule(progress.step)
         set_learning_rate(self.strategy.optimizer, learning_rate)
-        self.strategy.step(skip)
+        self.strategy.step(~(torch.isfinite(norm) & torch.isfinite(totals[0])))
         progress.step += 1
         progress.position = following
-        counts = num_tokens(self.train_table, packs), bear_loss
-        self.unlogged.append((progress.step, share, norm, learning_rate, *counts))
-        self.count_bad_step(skip)
+        taken = Taken(progress.step, learning_rate, num_tokens(self.train_table, packs), bear_loss)
+        self.arrivals.send(taken, torch.cat([norm.view(1), totals]))
+        if progress.step < self.total_steps:
+            self.ahead[following] = self.fetch(following)
+        # The next step's loss is multiplied by what this one says of the scale.
+        self.take_up(everything=progress.loss_scale.enabled)
 
-    def count_bad_step(self, bad: bool) -> None:
+    def fetch(self, position: Position) -> list[MicroBatch]:
+        """This rank's micro-batches of the global batch at `position`, on their way to the device."""
+        packs, _ = self.order.batch_at(position)
+        mine = micro_batches(packs, self.config.train.per_device_train_batch_size, self.rank, self.world_size)
+        flat = lays_flat(self.config)
+        return [
+            collate(self.train_table, part, self.pad_token_id, flat=flat).to(self.device, non_blocking=True)
+            for part in mine
+        ]
+
+    def take_up(self, everything: bool = False) -> None:
+        """Take up what has arrived of earlier steps, or all there is, and log it where a record is due.
+
+        Raises:
+            UserError: too many non-finite steps in a row.
+        """
+        for taken, (norm, loss, *votes) in self.arrivals.take(everything):
+            self.unlogged.append((taken, loss, norm))
+            if votes:
+                self.asked_to_stop, self.asked_to_hold = (vote > 0 for vote in votes)
+            self.count_bad_step(taken.step, not (math.isfinite(loss) and math.isfinite(norm)))
+            if taken.step % self.config.train.logging_steps == 0:
+                self.write_records()
+
+    def count_bad_step(self, step: int, bad: bool) -> None:
         """Keep count of non-finite steps, and give up after `train.max_bad_steps` in a row."""
         progress = self.progress
         progress.skipped_steps += bad
@@ -175,28 +217,33 @@ class Loop:
             return
         progress.bad_steps = progress.bad_steps + 1 if bad else 0
         if progress.bad_steps >= self.config.train.max_bad_steps:
-            self.log()
-            raise UserError("loss-not-finite", bad_steps=progress.bad_steps, step=progress.step)
+            self.write_records()
+            raise UserError("loss-not-finite", bad_steps=progress.bad_steps, step=step)
 
     def log(self) -> None:
-        """Write one record for each step since the last call."""
+        """Write a record for each step since the last one logged."""
+        self.take_up(everything=True)
+        self.write_records()
+
+    def write_records(self) -> None:
+        """Write a record for each step that has arrived since the last call."""
         if not self.unlogged:
             return
-        losses = [float(loss) for _, loss, *_ in self.unlogged]
+        losses = [loss for _, loss, _ in self.unlogged]
         seconds = time.monotonic() - self.interval_start
-        tokens_per_second = sum(record[4] for record in self.unlogged) / seconds
-        loss_tokens_per_second = sum(record[5] for record in self.unlogged) / seconds
+        tokens_per_second = sum(taken.num_tokens for taken, *_ in self.unlogged) / seconds
+        loss_tokens_per_second = sum(taken.loss_tokens for taken, *_ in self.unlogged) / seconds
         memory = memory_bytes(self.device)
         if self.metrics is not None:
-            for loss, (step, _, norm, learning_rate, *_) in zip(losses, self.unlogged, strict=True):
+            for taken, loss, norm in self.unlogged:
                 self.metrics.write(
-                    step, loss=loss, grad_norm=float(norm), learning_rate=learning_rate,
-                    epoch=step / self.order.steps_per_epoch, tokens_per_second=tokens_per_second,
+                    taken.step, loss=loss, grad_norm=norm, learning_rate=taken.learning_rate,
+                    epoch=taken.step / self.order.steps_per_epoch, tokens_per_second=tokens_per_second,
                     loss_tokens_per_second=loss_tokens_per_second, seconds_per_step=seconds / len(losses),
                     skipped_steps=self.progress.skipped_steps, memory_bytes=memory,
                 )  # fmt: skip
         self.heartbeat.metrics = {
-            "tokens_per_second": tokens_per_second / self.world_size, 
+            "tokens_per_second": tokens_per_second / self.world_size,
             "loss": losses[-1] if math.isfinite(losses[-1]) else None,
             "max_steps": self.total_steps, "seconds_per_step": seconds / len(losses),
         }  # fmt: skip
@@ -227,9 +274,9 @@ class Loop:
 
     def save(self) -> None:
         """Hand a snapshot to the background writer, unless this step has one or is in the middle of bad steps."""
+        self.log()
         if self.progress.step == self.saved_step or self.progress.bad_steps:
             return
-        self.log()
         self.heartbeat.at(self.progress.step, "checkpoint")
         state = self.strategy.full_state()
         if self.writer is not None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -74,14 +75,13 @@ def loss_sum(model: nn.Module, batch: MicroBatch) -> Tensor:
     fused = fused_loss_sum(model, batch.predict_index_N, batch.target_N, **inputs)
     if fused is not None:
         return fused
-    row_N, time_N = batch.predict_index_N // length, batch.predict_index_N % length
-    if _can_select_logits(model):
-        kept_K, kept_index_N = torch.unique(time_N, return_inverse=True)
-        logits_BKV = model(**inputs, logits_to_keep=kept_K).logits
+    row_N = batch.predict_index_N // length
+    if batch.kept_K is not None and _can_select_logits(model):
+        logits_BKV = model(**inputs, logits_to_keep=batch.kept_K).logits
         all_kept = logits_BKV.shape[0] * logits_BKV.shape[1] == len(row_N)
-        logits_NV = logits_BKV.flatten(0, 1) if all_kept else logits_BKV[row_N, kept_index_N]
+        logits_NV = logits_BKV.flatten(0, 1) if all_kept else logits_BKV[row_N, batch.kept_index_N]
     else:
-        logits_NV = model(**inputs).logits[row_N, time_N]
+        logits_NV = model(**inputs).logits[row_N, batch.predict_index_N % length]
     return cross_entropy(logits_NV.float(), batch.target_N, reduction="sum")
 
 
@@ -107,7 +107,13 @@ def document_borders(batch: MicroBatch) -> dict[str, Any]:
 
 def _can_select_logits(model: Any) -> bool:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+    if base not in _SELECTS_LOGITS:
+        _SELECTS_LOGITS[base] = "logits_to_keep" in inspect.signature(base.forward).parameters
+    return _SELECTS_LOGITS[base]
+
+
+# Reading a signature takes longer than launching a layer.
+_SELECTS_LOGITS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def accumulate_gradients(

@@ -191,7 +191,8 @@ def test_micro_batch_by_hand() -> None:
     assert batch.target_N.tolist() == [2, 4, 9]
     assert (batch.num_tokens, batch.num_loss_tokens) == (6, 3)
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    assert [tensor.dtype for tensor in tensors] == [torch.int64] * 5
+    assert [tensor.dtype for tensor in tensors] == [torch.int64] * 7
+    assert (batch.kept_K.tolist(), batch.kept_index_N.tolist()) == ([0, 2], [0, 1, 0])
     assert batch.to("cpu").num_loss_tokens == 3
 
 

@@ -154,6 +154,39 @@ def peers(
 
 
 @app.command()
+def kernels(
+    model: Annotated[str, typer.Option(help="The shape whose sizes are taken.")] = "llama-3.1-8b",
+    tokens: Annotated[int, typer.Option(min=2048, help="Tokens of a micro-batch, a multiple of 2,048.")] = 16_384,
+    only: Annotated[list[str] | None, typer.Option(help="Part of a kernel's name; may be repeated.")] = None,
+    out: Annotated[Path, typer.Option(help="The JSON file; .md goes beside it.")] = Path("kernels.json"),
+) -> None:
+    """Time each kernel beside what the GPU reaches in copies and GEMMs, and beside Liger, bitsandbytes and PEFT."""
+    from qlora_dist.bench import kernels as bench
+    from qlora_dist.bench.bound import Shape
+    from qlora_dist.bench.document import begin, write
+    from qlora_dist.bench.timing import copy_gb_s
+    from qlora_dist.model.shapes import SHAPES
+    from qlora_dist.model.synthetic import synthetic_folder
+
+    refuse_other_names(out)
+    synthetic_folder(model)
+    known = bench.names(SHAPES[model])
+    for part in only or ():
+        if not any(part in name for name in known):
+            raise UserError("bench-kernel-unknown", name=part, kernels="; ".join(known))
+    refuse_without_gpu("kernels")
+    title = f"`qlora-dist bench kernels`: {model}, {tokens:,} tokens"
+    document = begin(out, False, what="kernels", title=title, copy_gb_s=copy_gb_s())
+    rounded = max(tokens // 2048, 1) * 2048
+    for record in bench.kernel_records(Shape.from_config(SHAPES[model]), rounded, document["copy_gb_s"], only or ()):
+        document["records"].append(record)
+        write(out, document)
+        share = f"{record['ms']:.3f} ms, {record['of_ceiling']:.0%}" if record["outcome"] == "ok" else record["why"]
+        print(f"{record['name']}: {share}", flush=True)
+    show([out])
+
+
+@app.command()
 def show(
     files: Annotated[list[Path], typer.Argument(help="JSON files of bench throughput, peers or kernels.")],
 ) -> None:

@@ -31,7 +31,9 @@ class MicroBatch:
         num_tokens: tokens that are not padding.
         num_loss_tokens: N.
         packed: whether a line holds more than one document, so that they must be kept apart in attention.
-        cu_seqlens_D1: int32 [D + 1], the documents' borders on the line of a flat micro-batch; None in others.
+        flat: whether all packs are on one line.
+        cu_seqlens_D1: int32 [D + 1], where documents begin on all lines laid end to end, padding counted as a document
+            of its own; the length of that last. None where no line holds more than one document.
         longest_document: tokens of the longest document.
         kept_K: int64, ascending, the positions on a line at which some line has a prediction that bears loss.
         kept_index_N: int64, where each prediction's position is in `kept_K`.
@@ -46,6 +48,7 @@ class MicroBatch:
     num_tokens: int
     num_loss_tokens: int
     packed: bool = False
+    flat: bool = False
     cu_seqlens_D1: torch.Tensor | None = None
     longest_document: int = 0
     kept_K: torch.Tensor | None = None
@@ -105,9 +108,15 @@ def collate(table: TokenTable, packs: Sequence[int] | np.ndarray, pad_token_id: 
         num_tokens=int(lengths.sum()),
         num_loss_tokens=len(target_index_N),
         packed=any(len(line) > 1 for line in lines),
-        cu_seqlens_D1=torch.tensor(np.cumsum([0, *document_lengths[0]]), dtype=torch.int32) if flat else None,
+        flat=flat,
+        cu_seqlens_D1=_borders(document_lengths, shape[1]) if flat or any(len(line) > 1 for line in lines) else None,
         longest_document=max(max(line) for line in document_lengths),
     )
+
+
+def _borders(document_lengths: list[list[int]], length: int) -> torch.Tensor:
+    pieces = [[*lengths, length - sum(lengths)] for lengths in document_lengths]
+    return torch.tensor(np.cumsum([0, *(n for line in pieces for n in line if n)]), dtype=torch.int32)
 
 
 def num_tokens(table: TokenTable, packs: Sequence[int] | np.ndarray) -> int:

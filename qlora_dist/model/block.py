@@ -18,6 +18,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from qlora_dist.kernels.documents import documents_attention
 from qlora_dist.kernels.rmsnorm import rms_norm, rms_norm_backward
 from qlora_dist.kernels.rope import join_heads, rotate_
 from qlora_dist.kernels.swiglu import swiglu, swiglu_backward
@@ -279,6 +280,10 @@ def attend(
 
 def attention(block: Block, q: Tensor, k: Tensor, v: Tensor, inputs: dict[str, Any]) -> Tensor:
     """softmax(q k' / sqrt(D)) v, [B, heads, T, D]."""
+    borders_D1: Tensor | None = inputs["kwargs"].get("cu_seq_lens_q")
+    if borders_D1 is not None and block.attention.config._attn_implementation == "sdpa":
+        longest: int = inputs["kwargs"]["max_length_q"]
+        return documents_attention(q, k, v, borders_D1, longest, block.attention.scaling, block.window)
     # Under sdpa a window shorter than the sequence always comes with a mask; other kernels are told of it.
     if inputs["mask"] is None and not inputs["kwargs"] and block.attention.config._attn_implementation == "sdpa":
         grouped = q.shape[1] != k.shape[1]

@@ -44,9 +44,16 @@ def fuse(model: nn.Module, notice: Callable[[str], None] = print) -> list[Block]
             reasons[reason] += 1
     for reason, count in reasons.items():
         notice(f"{count} decoder layers run unfused, and slower: {reason}")
+    base.attends_by_documents = bool(blocks) and not reasons and base.config._attn_implementation == "sdpa"
     fuse_norm(base)
     fuse_head(base)
     return blocks
+
+
+def attends_by_documents(model: nn.Module) -> bool:
+    """Whether all of its layers take the borders of documents in place of a mask."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return getattr(base, "attends_by_documents", False)
 
 
 def why_not(layer: Any, config: Any) -> str | None:

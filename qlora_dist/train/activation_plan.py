@@ -49,7 +49,7 @@ def rehearsal_batch(size: Largest, pad_token_id: int, device: torch.device) -> M
     ids_BT = torch.full(shape, pad_token_id, dtype=torch.int64)
     place_T = torch.arange(shape[1])
     predict_N = torch.arange(ids_BT.numel()).view(shape)[:, :-1].reshape(-1)
-    borders = torch.cat([place_T[::document], torch.tensor([shape[1]])]).int()
+    starts = [line * shape[1] + start for line in range(shape[0]) for start in range(0, shape[1], document)]
     return MicroBatch(
         packs=(),
         input_ids_BT=ids_BT,
@@ -60,7 +60,8 @@ def rehearsal_batch(size: Largest, pad_token_id: int, device: torch.device) -> M
         num_tokens=ids_BT.numel(),
         num_loss_tokens=len(predict_N),
         packed=size.packed,
-        cu_seqlens_D1=borders if size.flat else None,
+        flat=size.flat,
+        cu_seqlens_D1=torch.tensor([*starts, ids_BT.numel()], dtype=torch.int32) if size.packed else None,
         longest_document=document,
     ).to(device)
 

@@ -48,7 +48,7 @@ def check_document_boundaries(model: nn.Module, flat: bool, compute_dtype: torch
         batch = collate(table, [0], 0, flat=flat).to(device)
         torch.manual_seed(0)
         with autocast(device, compute_dtype):
-            logits_BTV = model(input_ids=batch.input_ids_BT, use_cache=False, **document_borders(batch)).logits
+            logits_BTV = model(input_ids=batch.input_ids_BT, use_cache=False, **document_borders(model, batch)).logits
         return logits_BTV[0, len(first) :].float()
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

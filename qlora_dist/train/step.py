@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.data.collate import MicroBatch
-from qlora_dist.model.fused import fused_loss_sum
+from qlora_dist.model.fused import attends_by_documents, fused_loss_sum
 from qlora_dist.shard.strategy import Strategy
 
 
@@ -71,7 +71,7 @@ def loss_sum(model: nn.Module, batch: MicroBatch) -> Tensor:
     passed: padding is on the right, where causal attention never looks from a real token.
     """
     length = batch.input_ids_BT.shape[1]
-    inputs = {"input_ids": batch.input_ids_BT, "use_cache": False} | document_borders(batch)
+    inputs = {"input_ids": batch.input_ids_BT, "use_cache": False} | document_borders(model, batch)
     fused = fused_loss_sum(model, batch.predict_index_N, batch.target_N, **inputs)
     if fused is not None:
         return fused
@@ -90,19 +90,25 @@ def lays_flat(config: RunConfig) -> bool:
     return config.data.packing and config.model.attn_implementation == "flash_attention_2"
 
 
-def document_borders(batch: MicroBatch) -> dict[str, Any]:
+def document_borders(model: nn.Module, batch: MicroBatch) -> dict[str, Any]:
     """What keeps the documents of a line apart in a transformers model; nothing where each has a line of its own.
 
     Without an attention mask, transformers makes the block-diagonal causal mask from position ids that begin anew
-    (`sdpa`, `eager`, any number of lines). Flash attention takes the borders themselves, and needs one flat line.
+    (`sdpa`, `eager`, any number of lines). Flash attention takes the borders themselves, and needs one flat line. On a
+    GPU a model whose layers are all fused takes them for any number of lines, and no mask is made for it.
     """
     if not batch.packed:
         return {}
     borders: dict[str, Any] = {"position_ids": batch.position_ids_BT}
-    if batch.cu_seqlens_D1 is not None:
-        borders |= {"cu_seq_lens_q": batch.cu_seqlens_D1, "cu_seq_lens_k": batch.cu_seqlens_D1}
-        borders |= {"max_length_q": batch.longest_document, "max_length_k": batch.longest_document}
-    return borders
+    longest = batch.longest_document
+    if not batch.flat:
+        if not (batch.input_ids_BT.is_cuda and attends_by_documents(model)):
+            return borders
+        # Padding may be longer. A mask of four dimensions is handed on to the layers, which have no use for it.
+        longest = batch.input_ids_BT.shape[1]
+        borders["attention_mask"] = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids_BT.device)
+    borders |= {"cu_seq_lens_q": batch.cu_seqlens_D1, "cu_seq_lens_k": batch.cu_seqlens_D1}
+    return borders | {"max_length_q": longest, "max_length_k": longest}
 
 
 def _can_select_logits(model: Any) -> bool:

@@ -1,19 +1,12 @@
 """The kernels on a real card: values at Llama 8B's shapes, bitsandbytes' bits, no waiting, and how fast they are."""
 
-import json
-import os
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from qlora_dist.kernels import linear_cross_entropy as head
-from qlora_dist.kernels import factors, nf4, swiglu
+from qlora_dist.kernels import factors
 from qlora_dist.kernels.factors import Factors, place_factors
 from qlora_dist.kernels.linear_cross_entropy import cross_entropy_, linear_cross_entropy
 from qlora_dist.kernels.nf4 import NestedAbsmax, dequantize_4bit_into
@@ -254,117 +247,3 @@ def test_nothing_waits_for_the_device() -> None:
         linear_cross_entropy(hidden[:0], weight, targets[:0]).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def seconds(run: Callable[[], Any], launches: int = 10) -> float:
-    """Of one launch, on the device: a graph of them, so that the host's time is none of it; the median of 7 replays."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        run()
-    side.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(launches):
-            run()
-    times = []
-    for _ in range(7):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / launches)
-    return statistics.median(times)
-
-
-def host_microseconds(run: Callable[[], Any]) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(50):
-        run()
-    spent = (time.perf_counter() - start) / 50 * 1e6
-    torch.cuda.synchronize()
-    return spent
-
-
-# (name, bytes that must move, launch)
-Measure = Callable[[str, int, Callable[[], Any]], None]
-# Tokens to time with: nothing stays in the cache from one launch to the next.
-MANY = 16384
-
-
-def time_dequantisation(measure: Measure, patch: pytest.MonkeyPatch) -> None:
-    values = 2 * F * H
-    packed = torch.randint(0, 256, (values // 2,), dtype=torch.uint8, device="cuda")
-    absmax = torch.randint(0, 256, (values // 64,), dtype=torch.uint8, device="cuda")
-    code, code2 = random(16, dtype=torch.float32), random(256, dtype=torch.float32)
-    nested = NestedAbsmax(random(values // 64 // 256, dtype=torch.float32), code2, code2[0], 256)
-    weight, single = wide(2 * F, H), absmax.float()
-    moved = values // 2 + values // 16 + 2 * values
-    measure("nf4", moved, lambda: dequantize_4bit_into(weight, packed, single, code, 64))
-    moved = values // 2 + values // 64 + 2 * values
-    for warps, groups in ((4, 1), (4, 2), (8, 2), (8, 4), (16, 1), (8, 1)):
-        patch.setattr(nf4, "WARPS", warps)
-        patch.setattr(nf4, "GROUPS", 32 * warps * groups)
-        run = lambda: dequantize_4bit_into(weight, packed, absmax, code, 64, nested)  # noqa: E731
-        measure(f"nf4 nested, {warps} warps x {groups}", moved, run)
-
-
-def time_norms_and_rotation(measure: Measure) -> None:
-    x, y, z, out = random(MANY, H), random(MANY, H), random(MANY, H), wide(MANY, H)
-    weight, stats, table = random(H), torch.empty(MANY, device="cuda"), random(2048, DIM)
-    measure("rms_norm", 4 * MANY * H, lambda: rms_norm(x, weight, 1e-5, out, stats))
-    measure("rms_norm + residual", 8 * MANY * H, lambda: rms_norm(x, weight, 1e-5, out, stats, y, z))
-    measure("rms_norm_backward", 8 * MANY * H, lambda: rms_norm_backward(x, y, weight, stats, z, out))
-    qk = random(MANY, (QUERIES + 2 * KEYS) * DIM).unflatten(1, (-1, DIM))[:, : QUERIES + KEYS]
-    each = torch.empty(MANY * (QUERIES + KEYS), device="cuda")
-    measure("rms_norm per head", 4 * qk.numel(), lambda: rms_norm(qk, weight[:DIM], 1e-5, qk, each))
-    measure("rotate_", 4 * qk.numel(), lambda: rotate_(qk, table, table))
-
-
-def time_swiglu(measure: Measure, patch: pytest.MonkeyPatch) -> None:
-    both, dh, grads, h = random(MANY, 2 * F), random(MANY, F), wide(MANY, 2 * F), wide(MANY, F)
-    gate, up, dgate, dup = both[:, :F], both[:, F:], grads[:, :F], grads[:, F:]
-    for warps in (8, 4):
-        patch.setattr(swiglu, "WARPS", warps)
-        patch.setattr(swiglu, "BLOCK", 256 * warps)
-        measure(f"swiglu, {warps} warps", 6 * MANY * F, lambda: swiglu_(gate, up, h))
-        run = lambda: swiglu_backward(dh, gate, up, dgate, dup, h)  # noqa: E731
-        measure(f"swiglu_backward, {warps} warps", 12 * MANY * F, run)
-
-
-def time_cross_entropy(measure: Measure, patch: pytest.MonkeyPatch) -> None:
-    """Counted as one read and one write; the second read comes from the cache as far as that goes."""
-    logits, targets = random(2048, V), torch.randint(0, V, (2048,), device="cuda")
-    losses = torch.empty(2048, device="cuda")
-    for warps in (8, 32, 16):
-        patch.setattr(head, "WARPS", warps)
-        patch.setattr(head, "BLOCK", 512 * warps)
-        run = lambda: cross_entropy_(logits, targets, losses, True)  # noqa: E731
-        measure(f"cross entropy, {warps} warps", 4 * logits.numel(), run)
-
-
-def test_bandwidth_of_each_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GB/s of the bytes that must move, beside a copy's in the same run; as JSON in the folder that $OUT names."""
-    source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy = 2 * source.numel() / seconds(lambda: target.copy_(source)) / 1e9
-    print(f"\n{torch.cuda.get_device_name()}, copy {copy:.0f} GB/s")
-    results: dict[str, dict[str, float]] = {}
-
-    def measure(name: str, moved: int, run: Callable[[], Any]) -> None:
-        spent = seconds(run)
-        rate = moved / spent / 1e9
-        results[name] = dict(us=spent * 1e6, gb_s=rate, of_copy=rate / copy, host_us=host_microseconds(run))
-        print(f"{name:28s}" + "".join(f"  {key} {value:8.2f}" for key, value in results[name].items()))
-
-    time_dequantisation(measure, monkeypatch)
-    time_norms_and_rotation(measure)
-    time_swiglu(measure, monkeypatch)
-    time_cross_entropy(measure, monkeypatch)
-    if "OUT" in os.environ:
-        document = dict(device=torch.cuda.get_device_name(), torch=torch.__version__, copy_gb_s=copy, kernels=results)
-        Path(os.environ["OUT"], "kernels.json").write_text(json.dumps(document, indent=1))
-    # Well below what is expected: who falls under this has left the path of 16-byte accesses.
-    slow = [name for name, result in results.items() if result["of_copy"] < 0.5]
-    assert not slow, slow

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Conf
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_dist.model.block import KEEP_ALL, RECOMPUTE_ALL, Plan
-from qlora_dist.model.fused import fuse, fused_loss_sum, set_plan
+from qlora_dist.model.fused import attends_by_documents, fuse, fused_loss_sum, set_plan
 
 # bitsandbytes' CPU kernel dequantises wrongly where the inputs are no multiple of the block of 64 values.
 SIZES: dict[str, Any] = dict(
@@ -145,6 +145,27 @@ def test_fused_layers_equal_plain_peft_in_float64(family: str, plan: str, adapte
     assert len(blocks) == 2
     set_plan(blocks, PLANS[plan])
     compare(fused, stock, batch(packed), 1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_borders_of_documents_do_what_the_mask_of_positions_does(family: str) -> None:
+    """Two lines of two documents each; the first line ends in a token of padding, which nothing looks at."""
+    stock = with_float64_norms(adapted(FAMILIES[family](), torch.float64, ADAPTERS["all linear"]))
+    fused = deepcopy(stock)
+    fuse(fused)
+    assert attends_by_documents(fused)
+    inputs = batch(True)
+    borders = torch.tensor([0, 4, 11, 17, 22], dtype=torch.int32)
+    told = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": 11, "max_length_k": 11}
+    given = inputs | told | {"attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool)}
+    loss, grads, _ = losses(fused, given, fused=True)
+    wanted, wanted_grads, _ = losses(stock, inputs, fused=False)
+    assert_close(loss, wanted, 1e-9, "loss")
+    for name, grad in grads.items():
+        assert_close(grad, wanted_grads[name], 1e-9, name)
+    # Borders elsewhere make another loss: they are what counts.
+    moved = given | {"cu_seq_lens_q": torch.tensor([0, 6, 11, 17, 22], dtype=torch.int32)}
+    assert not torch.isclose(losses(fused, moved, fused=True)[0], wanted, rtol=1e-4)
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["single", "double"])

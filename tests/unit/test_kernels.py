@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from qlora_dist.kernels import linear_cross_entropy as head
 from qlora_dist.kernels import factors, nf4, rmsnorm, rope, swiglu
+from qlora_dist.kernels import linear_cross_entropy as head
 from qlora_dist.kernels.factors import Factors, place_factors
 from qlora_dist.kernels.launch import Kernel
 from qlora_dist.kernels.linear_cross_entropy import chunk_rows, linear_cross_entropy

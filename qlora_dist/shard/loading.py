@@ -19,6 +19,7 @@ from qlora_dist.config.schema import RunConfig
 from qlora_dist.model.adapter import weights_read_at_attach
 from qlora_dist.model.tensors import DTYPES, LazyTensor
 from qlora_dist.shard.frozen import FrozenUnit, Shards, own_modules
+from qlora_dist.shard.meeting import Meeting
 from qlora_dist.shard.replication import Frozen, decide, is_open
 from qlora_dist.shard.strategy import base_shards
 from qlora_dist.shard.units import Unit, find_units
@@ -137,6 +138,7 @@ class NodePlacement:
         stays_whole: whether the module of a name is left as it is, weights and all.
         frozen: `replicate` where each rank keeps the whole base though the strategy shards.
         decide: where that is open, what to ask as soon as the model is known; see `replication.decide`.
+        meeting: of several nodes. The placement is a block then, which ends when all ranks have loaded.
 
     Attributes:
         loaded: this rank's shard of each unit that has been packed, by the unit's name.
@@ -151,13 +153,23 @@ class NodePlacement:
         stays_whole: Callable[[str], bool] = lambda _: False,
         frozen: Frozen = "shard",
         decide: Callable[["PreTrainedModel"], tuple[Frozen, str | None]] | None = None,
+        meeting: Meeting | None = None,
     ):
         self.reader, self.shard, self.num_shards, self.stays_whole = reader, shard, num_shards, stays_whole
-        self.frozen, self.decide = frozen, decide
+        self.frozen, self.decide, self.meeting = frozen, decide, meeting
         self.reason: str | None = None
         self.loaded: Shards = {}
         self.waiting: list[tuple[Unit, list[tuple[nn.Module, str]]]] | None = None
         self.apart: set[nn.Module] = set()
+
+    def __enter__(self) -> "NodePlacement":
+        if self.meeting is not None:
+            self.meeting.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.meeting is not None:
+            self.meeting.__exit__(*error)
 
     @property
     def splits_work(self) -> bool:
@@ -175,6 +187,8 @@ class NodePlacement:
     def filling(self, model: "PreTrainedModel") -> None:
         """See `Placement.filling`."""
         if self.decide is not None:
+            if self.meeting is not None:
+                self.meeting.meet()
             self.frozen, self.reason = self.decide(model)
             self.decide = None
             if self.frozen == "replicate":
@@ -234,7 +248,7 @@ def make_placement(
 ) -> NodePlacement:
     """How the workers of `config` load their base onto `device`; all of them call it together."""
     num_shards = base_shards(config, world_size, local_world_size)
-    reader = None
+    reader = meeting = None
     if world_size > 1:
         timeout_s = config.launch.collective_timeout_s
         nodes = ranks_by_node(world_size, local_rank)
@@ -245,11 +259,14 @@ def make_placement(
         ]
         mine, group = next((ranks, group) for ranks, group in zip(nodes, groups, strict=True) if rank in ranks)
         reader = NodeReader(mine, rank, group, timeout_s) if len(mine) > 1 else None
+        if len(nodes) > 1:
+            meeting = Meeting(dist.new_group(timeout=timedelta(seconds=timeout_s), backend="gloo"), timeout_s)
     return NodePlacement(
         reader, rank % num_shards, num_shards, weights_read_at_attach(config.adapter),
         frozen="replicate" if config.shard.frozen == "replicate" else "shard",
         decide=partial(decide, device=device, budget_gib=config.train.memory_budget_gib)
         if is_open(config, num_shards) else None,
+        meeting=meeting,
     )  # fmt: skip
 
 

@@ -118,16 +118,17 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
     placement = make_placement(
         config, worker.rank, worker.world_size, worker.local_rank, worker.local_world_size, worker.device
     )
-    folder = placement.once(partial(resolve_base, config.model))
-    tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
-    train_table, eval_table = prepare_data(config.data, tokenizer, config.seed)
-    order = GlobalOrder(train_table.num_packs, config.global_batch_size, config.data.shuffle, config.seed)
-    total_steps = config.train.max_steps or order.total_steps(config.train.num_train_epochs or 1.0)
-    if lead:
-        describe_data(note, tokenizer, train_table, eval_table, config, total_steps, worker.world_size)
+    with placement:
+        folder = placement.once(partial(resolve_base, config.model))
+        tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
+        train_table, eval_table = prepare_data(config.data, tokenizer, config.seed)
+        order = GlobalOrder(train_table.num_packs, config.global_batch_size, config.data.shuffle, config.seed)
+        total_steps = config.train.max_steps or order.total_steps(config.train.num_train_epochs or 1.0)
+        if lead:
+            describe_data(note, tokenizer, train_table, eval_table, config, total_steps, worker.world_size)
 
-    dtype = compute_dtype(config.model, worker.device)
-    base = load_base(config.model, folder, worker.device, config.adapter, placement)
+        dtype = compute_dtype(config.model, worker.device)
+        base = load_base(config.model, folder, worker.device, config.adapter, placement)
     if placement.reason is not None:
         note("notice", placement.reason)
     check_vocabulary(base, tokenizer, [table for table in (train_table, eval_table) if table is not None])

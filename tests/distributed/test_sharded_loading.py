@@ -83,7 +83,8 @@ def load_shard(rank: int, nodes: int, configs: list[RunConfig], base: Path) -> t
     local = len(configs) // nodes
     placement = make_placement(configs[rank], rank, len(configs), rank % local, local)
     before = bytes_of_living_tensors()
-    model = load_base(configs[rank].model, Path(configs[rank].model.name), CPU, configs[rank].adapter, placement)
+    with placement:
+        model = load_base(configs[rank].model, Path(configs[rank].model.name), CPU, configs[rank].adapter, placement)
     held = bytes_of_living_tensors() - before
     assert len(list(model.parameters())) > 10
     return {name: shard for name, (_, shard) in placement.loaded.items()}, held
@@ -192,6 +193,29 @@ def test_what_one_rank_makes_or_reads_may_take_longer_than_a_collective(base: Pa
     assert first[0] == ["made by 0", "again by 0", "[5.0, 5.0]", "[1.0, 0.0]"]
     assert "of rank 0" in first[1]
     assert "of a tensor" in first[1]
+
+
+def slow_node(rank: int, config: RunConfig, fails: bool) -> str:
+    """Two nodes of one rank each; the second is busy for longer than any rank may be silent."""
+    try:
+        with make_placement(config, rank, 2, 0, 1):
+            if rank == 1:
+                time.sleep(1.5 * config.launch.collective_timeout_s)
+                if fails:
+                    raise UserError("source-missing", field="model.name", place="of rank 1", kinds="a file")
+        dist.barrier()
+    except (UserError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "loaded"
+
+
+def test_a_node_may_load_longer_than_a_collective(base: Path, tmp_path: Path) -> None:
+    launch = {"backend": "torchrun", "num_workers": 2, "collective_timeout_s": 4}
+    config = sharded_config(tmp_path, base, launch=launch)
+    assert in_group(2, slow_node, config, False, collective_timeout_s=4) == ["loaded", "loaded"]
+    first, second = in_group(2, slow_node, config, True, collective_timeout_s=4)
+    assert first == "RuntimeError: gloo: another rank has failed while it loaded"
+    assert "of rank 1" in second
 
 
 def nodes_of(rank: int, local_ranks: list[int]) -> list[list[int]]:

@@ -37,7 +37,7 @@ def gather_rows(weight_VH: Tensor, index_N: Tensor) -> Tensor:
 
 
 def gather_rows_8bit(weight_VH: Tensor, scale_V: Tensor, index_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows `index_N` of the int8 weight, each times its float32 scale, in float32 and then rounded: [N, H] in `dtype`."""
+    """Rows `index_N` of the int8 weight, each times its float32 scale, then rounded: [N, H] in `dtype`."""
     if not runs_on_triton(index_N):
         return (weight_VH.index_select(0, index_N) * scale_V.index_select(0, index_N)[:, None]).to(dtype)
     out_NH = torch.empty(index_N.numel(), weight_VH.shape[1], dtype=dtype, device=index_N.device)

@@ -16,9 +16,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.optim import Optimizer
 
 from qlora_dist.optim.optimizers import take_step
+from qlora_dist.shard.clipping import clip_shards
 from qlora_dist.shard.flat import FLAT, FlatAdapter, trained_names
 from qlora_dist.shard.frozen import BYTES, FrozenUnit
-from qlora_dist.shard.pieces import Piece, PieceOptimizer, clip_shards, cut, whole
+from qlora_dist.shard.pieces import Piece, PieceOptimizer, cut, whole
 from qlora_dist.shard.strategy import FullState, OptimizerFactory
 from qlora_dist.shard.units import Unit, base_of, call_through_hooks, find_units
 

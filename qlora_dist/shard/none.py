@@ -6,6 +6,7 @@ from torch.optim import Optimizer
 
 from qlora_dist.model.adapter import adapter_state, load_adapter_state, trainable_parameters
 from qlora_dist.optim.optimizers import init_optimizer_state, take_step
+from qlora_dist.shard.clipping import norm_of
 from qlora_dist.shard.strategy import FullState, OptimizerFactory
 from qlora_dist.shard.views import FlatViews, full_state, load_full_state
 
@@ -34,7 +35,7 @@ class Unsharded:
 
     def clip(self, max_norm: float, loss_scale: float) -> Tensor:
         """See `Strategy.clip`. The optimizer multiplies the gradients as it reads them."""
-        norm = torch.linalg.vector_norm(self.flat.grad_N) / loss_scale
+        norm = norm_of([self.flat.grad_N]) / loss_scale
         self.scale = None
         if max_norm > 0:
             self.scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0) / loss_scale

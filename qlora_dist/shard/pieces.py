@@ -168,32 +168,3 @@ class PieceOptimizer:
 def grain_of(key: str) -> int:
     """Elements of a weight that one element of the optimizer state `key` stands for."""
     return BLOCK if key.startswith("absmax") else 1
-
-
-def clip_shards(
-    grads: list[Tensor], max_norm: float, loss_scale: float, device: torch.device, factor: float = 1.0, copies: int = 1
-) -> Tensor:
-    """Multiply this rank's parts of the gradients by `factor`, divide by `loss_scale`, and clip them.
-
-    Args:
-        grads: on the device or, offloaded, on the host; none where this rank trains nothing.
-        max_norm: of the gradients over all ranks; 0 leaves them unclipped.
-        copies: so many ranks hold each part.
-
-    Returns:
-        Their norm over all ranks before clipping, a scalar on `device`.
-    """
-    by_device = {place: [grad for grad in grads if grad.device == place] for place in {grad.device for grad in grads}}
-    squares = torch.zeros((), device=device)
-    for on_device in by_device.values():
-        squares += torch.stack(torch._foreach_norm(on_device)).square().sum().to(device)
-    # Over all copies, so that no copy gets a norm with another last bit and drifts from the rest.
-    dist.all_reduce(squares)
-    norm = (squares / copies).sqrt() * (factor / loss_scale)
-    if max_norm > 0:
-        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0) * (factor / loss_scale)
-        for place, on_device in by_device.items():
-            torch._foreach_mul_(on_device, scale.to(place))
-    elif factor != loss_scale and grads:
-        torch._foreach_mul_(grads, factor / loss_scale)
-    return norm

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from qlora_dist.shard.clipping import clip_shards
 from qlora_dist.shard.deepspeed import SteppedByPieces, library
 from qlora_dist.shard.flat import FLAT, FlatAdapter, trained_names
 from qlora_dist.shard.frozen import BYTES, FrozenUnit, Shards
-from qlora_dist.shard.pieces import PieceOptimizer, clip_shards, cut, whole
+from qlora_dist.shard.pieces import PieceOptimizer, cut, whole
 from qlora_dist.shard.strategy import FullState, OptimizerFactory
 from qlora_dist.shard.units import Unit, base_of, call_through_hooks, find_units
 

@@ -34,7 +34,7 @@ Scratch = Annotated[
     typer.Option(help="Folder for runs and data, on storage that all nodes share; a temporary one where not given."),
 ]
 # Both ends of the plane, where --ours names none.
-OUR_WAYS = ["train.gradient_checkpointing=false", "train.gradient_checkpointing=true"]
+OUR_WAYS = ["train.activations=auto", "train.activations=recompute"]
 
 
 @app.command()

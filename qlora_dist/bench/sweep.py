@@ -13,7 +13,9 @@ from qlora_dist.config.schema import RunConfig
 # What a point is called by, where the settings' own words are long.
 SHORT = {
     "per_device_train_batch_size": "batch", "max_length": "seq", "memory_budget_gib": "GiB budget",
-    "gradient_checkpointing=true": "checkpointing", "gradient_checkpointing=false": "kept", "num_workers": "workers",
+    "activations=keep": "kept", "activations=auto": "auto", "activations=recompute": "recomputed",
+    "activations=offload": "offloaded", "gradient_checkpointing=true": "checkpointing",
+    "gradient_checkpointing=false": "kept", "num_workers": "workers",
 }  # fmt: skip
 OPENING, CLOSING, QUOTES = "[{(", "]})", "\"'"
 

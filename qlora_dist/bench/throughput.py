@@ -12,7 +12,9 @@ from qlora_dist.bench.document import Record, write
 from qlora_dist.bench.plane import OURS, Spot
 from qlora_dist.bench.sweep import Point
 from qlora_dist.bench.watch import watched
+from qlora_dist.coordinate.log import EventLog
 from qlora_dist.coordinate.report import read_status
+from qlora_dist.coordinate.rundir import EVENTS_FILE
 from qlora_dist.track.metrics import read_metrics
 
 # What the log of a run says that ended for want of GPU memory, its own words and PyTorch's.
@@ -67,7 +69,8 @@ def step_figures(run_dir: Path, warm_up: int, started: float) -> Record:
     Returns:
         tokens_per_second (non-padding, all ranks together) and loss_tokens_per_second, tokens_per_second_spread,
         seconds_per_step, steps (measured ones), workers, peak_allocated_gib and peak_reserved_gib (of PyTorch's
-        allocator; None on a CPU), seconds_to_first_step (from `started`), losses, grad_norms.
+        allocator; None on a CPU), seconds_to_first_step (from `started`), notes (what the run said of memory and what
+        it noticed), losses, grad_norms.
     """
     steps = [record for record in read_metrics(run_dir) if "loss" in record]
     measured, ranks = steps[warm_up:], read_status(run_dir)["ranks"]
@@ -83,9 +86,16 @@ def step_figures(run_dir: Path, warm_up: int, started: float) -> Record:
         "peak_allocated_gib": _largest(ranks, "memory_bytes") if on_gpu else None,
         "peak_reserved_gib": _largest(ranks, "memory_reserved_bytes") if on_gpu else None,
         "seconds_to_first_step": steps[0]["time"] - started,
+        "notes": told_notes(run_dir),
         "losses": [step["loss"] for step in steps],
         "grad_norms": [step["grad_norm"] for step in steps],
     }
+
+
+def told_notes(run_dir: Path) -> list[str]:
+    """What a run said of its plan for memory, and its notices."""
+    events = EventLog(run_dir / EVENTS_FILE).read_new()
+    return [event["message"] for event in events if event["kind"] in ("memory", "notice")]
 
 
 def _largest(ranks: list[dict[str, Any]], key: str) -> float:

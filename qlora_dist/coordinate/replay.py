@@ -41,6 +41,7 @@ class Run:
         failures: of the current generation, in order.
         restarts: decisions on restarting since the job started, in order.
     resize, held: a planned resize that is not done yet, and where all ranks hold still for it; see `resize.py`.
+    out_of_memory: generations that ended so since the job started.
     resizes: planned resizes done since the job started, in order: {generation, step, reason, time}.
         started_generation: generation number when the job started, 0 where it is the first.
     session: the launcher of this job, where it starts workers again by itself.
@@ -59,6 +60,7 @@ class Run:
     resize: Event | None = None
     held: Event | None = None
     resizes: list[dict[str, Any]] = field(default_factory=list)
+    out_of_memory: int = 0
     stop: Event | None = None
     finished: Event | None = None
     started_generation: int = 0
@@ -74,6 +76,7 @@ class Run:
                 self.session = event.get("session")
                 self.restarts = []
                 self.resizes = []
+                self.out_of_memory = 0
                 self.resize = self.held = None
                 self.failures = []
                 self.stop = None
@@ -101,6 +104,8 @@ class Run:
                 for folder in event["folders"]:
                     self.committed.pop(folder, None)
             case "failed":
+                told = any(failure["failure"] == "memory" for failure in self.failures)
+                self.out_of_memory += event["failure"] == "memory" and not told
                 self.failures.append(event)
             case "restart":
                 self.restarts.append(event)
@@ -119,9 +124,9 @@ class Run:
                 self.resize = self.held = None
 
     def failure(self) -> Event | None:
-        """The failure that tells best why the current generation ended: a user error, else the first one."""
-        user = [event for event in self.failures if event["failure"] == "user"]
-        return next(iter(user or self.failures), None)
+        """The failure that tells best why the current generation ended: a user error, full memory, else the first."""
+        by_kind = {kind: [e for e in self.failures if e["failure"] == kind] for kind in ("user", "memory")}
+        return next(iter(by_kind["user"] or by_kind["memory"] or self.failures), None)
 
     def last_committed(self) -> Event | None:
         """The commit event of the newest (generation, step)."""

@@ -77,13 +77,14 @@ def outcome(run: Run) -> dict[str, Any]:
     """How the run stands or ended.
 
     Returns:
-        {"state", "kind": "user" | "error" | None, "message", "rank", "step", "summary", "started_generation": the
-        newest generation before this job, "exit_code": 0 finished or
-        stopped, 1 failed, 2 a person must mend something, None it goes on}.
+        {"state", "kind": "user" | "memory" | "error" | None, "message", "rank", "step", "summary",
+        "started_generation": the newest generation before this job, "out_of_memory": how often the run was since it
+        started, "exit_code": 0 finished or stopped, 1 failed, 2 a person must mend something, None it goes on}.
     """
     state = run.state()
     answer: dict[str, Any] = {"state": state, "kind": None, "message": None, "rank": None, "step": None}
     answer |= {"summary": None, "exit_code": None, "started_generation": run.started_generation}
+    answer["out_of_memory"] = run.out_of_memory
     if run.finished is not None:
         answer |= {"step": run.finished["step"], "summary": run.finished["summary"], "exit_code": 0}
         answer["message"] = run.stop["reason"] if run.stop is not None else None
@@ -94,10 +95,10 @@ def outcome(run: Run) -> dict[str, Any]:
         answer |= {"rank": failure["rank"], "step": failure["step"]}
     elif run.restarts and run.restarts[-1]["generation"] == run.generation:
         answer |= {"kind": "error", "message": run.restarts[-1]["reason"], "step": run.restarts[-1]["step"]}
-    if state == "failed" and answer["kind"] != "user" and run.restarts and not run.restarts[-1]["restart"]:
+    if state == "failed" and answer["kind"] == "error" and run.restarts and not run.restarts[-1]["restart"]:
         answer["message"] = run.restarts[-1]["reason"]
     if state == "failed":
-        answer["exit_code"] = 2 if answer["kind"] == "user" else 1
+        answer["exit_code"] = 1 if answer["kind"] == "error" else 2
     return answer
 
 

@@ -33,6 +33,10 @@ MESSAGES = frozenset(
 )  # fmt: skip
 
 
+# Each time a quarter of the layers gives up what it keeps.
+MOST_LEANER = 4
+
+
 class Coordinator:
     """One method a message; arguments and answers are JSON. Any number of threads may call it.
 
@@ -270,13 +274,14 @@ class Coordinator:
 
         Args:
             generation: None before the group became one; then `attempt` says whose failure it is.
-            kind: "user" for what a person can mend (`message` is the sentence), else "error".
+            kind: "user" for what a person can mend (`message` is the sentence); "memory" for a full GPU, which a plan
+                that keeps less may mend, and after that a person; else "error".
 
         Returns:
             {"recorded": False when it is the failure of a group whose time is over}.
         """
-        if kind not in ("user", "error"):
-            raise ValueError(f"a failure is of kind user or error, not {kind!r}")
+        if kind not in ("user", "memory", "error"):
+            raise ValueError(f"a failure is of kind user, memory or error, not {kind!r}")
         fields = {"generation": generation, "rank": rank, "failure": kind, "message": message, "step": step}
         try:
             with self._decisions.deciding() as run:
@@ -325,7 +330,8 @@ class Coordinator:
         """Whether the driver is to start a new worker group after a failure; the decision is kept.
 
         No, when a person must mend something, when the same failure (numbers and addresses aside) happened at the
-        same step since the job started, or when there were `max_restarts`.
+        same step since the job started, or when there were `max_restarts`. A run that is out of memory goes on with
+        a leaner plan each time, `MOST_LEANER` times.
 
         Args:
             step: where it failed; None where the driver cannot know: the furthest step a rank told of.
@@ -346,6 +352,8 @@ class Coordinator:
             restarts = sum(event["restart"] and event.get("counted", True) for event in run.restarts)
             if failure is not None and failure["failure"] == "user":
                 restart, reason = False, failure["message"]
+            elif failure is not None and failure["failure"] == "memory":
+                restart, reason = run.out_of_memory <= MOST_LEANER, failure["message"]
             elif same:
                 where = "before the first step" if step is None else f"at step {step}"
                 restart, reason = False, f"the same failure happened twice {where}: {message}"

@@ -20,6 +20,11 @@ from qlora_dist.plan.activations import KINDS, Kind, choose, describe, gains
 from qlora_dist.shard.strategy import Strategy
 from qlora_dist.train.step import lays_flat
 
+
+class OutOfRoom(Exception):
+    """A rank among several is out of memory, and the layers keep something that they can give up."""
+
+
 # What is left to the allocator's rounding and to what the rehearsal did not see, such as a library's workspaces.
 MARGIN_SHARE, MARGIN_BYTES = 0.03, 2**28
 # Of the room that a plan used too much of, what the next one gets.
@@ -74,6 +79,7 @@ def set_activations(
     device: torch.device,
     largest: Largest,
     element_size: int,
+    leaner: int = 0,
 ) -> str | None:
     """Set the plan of all fused layers as `train.activations` says, and say it in one line; None where none is fused.
 
@@ -82,12 +88,28 @@ def set_activations(
     Args:
         rehearse: a forward and a backward of the largest micro-batch.
         element_size: bytes of an activation.
+        leaner: how often the run met an out-of-memory error under a plan of `auto`.
 
     Raises:
         torch.OutOfMemoryError: not even the leanest plan fits.
     """
     if not blocks:
         return None
+    line = _set_activations(config, blocks, strategy, rehearse, device, largest, element_size)
+    for _ in range(leaner if config.activations == "auto" else 0):
+        line = lean_down(blocks) or line
+    return line
+
+
+def _set_activations(
+    config: RunConfig,
+    blocks: Sequence[Block],
+    strategy: Strategy,
+    rehearse: Callable[[], Tensor],
+    device: torch.device,
+    largest: Largest,
+    element_size: int,
+) -> str:
     if config.activations == "keep":
         return _use(blocks, [frozenset({"attention", "gate_up"})] * len(blocks))
     if config.activations in ("recompute", "offload") or device.type != "cuda":

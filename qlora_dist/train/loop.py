@@ -7,13 +7,13 @@ The host does not wait for the device within a step: what a step's loss, norm an
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_dist.checkpoint.format import Snapshot
 from qlora_dist.checkpoint.writer import BackgroundWriter
@@ -23,9 +23,11 @@ from qlora_dist.config.schema import RunConfig
 from qlora_dist.data.collate import MicroBatch, collate, loss_tokens, num_tokens
 from qlora_dist.data.order import GlobalOrder, Position, micro_batches
 from qlora_dist.data.tokens import TokenTable
+from qlora_dist.model.block import Block
 from qlora_dist.optim.optimizers import set_learning_rate
 from qlora_dist.shard.strategy import Strategy
 from qlora_dist.track.metrics import MetricsLog
+from qlora_dist.train.activation_plan import OutOfRoom, lean_down
 from qlora_dist.train.arrivals import Arrivals
 from qlora_dist.train.evaluate import held_out_loss
 from qlora_dist.train.heartbeat import Heartbeat, memory_bytes
@@ -70,6 +72,8 @@ class Loop:
     heartbeat: Heartbeat
     metrics: MetricsLog | None
     writer: BackgroundWriter | None
+    blocks: Sequence[Block] = ()
+    notice: Callable[[str], None] = print
     # Steps whose loss and norm have arrived.
     unlogged: list[tuple[Taken, float, float]] = field(default_factory=list)
     ahead: dict[Position, list[MicroBatch]] = field(default_factory=dict)
@@ -159,10 +163,7 @@ class Loop:
             for batch in self.ahead.pop(progress.position, None) or self.fetch(progress.position)
         ]
         bear_loss = loss_tokens(self.train_table, packs)
-        share = accumulate_gradients(
-            self.model, self.strategy, batches, bear_loss, progress.loss_scale.scale,
-            self.compute_dtype,
-        )  # fmt: skip
+        share = self.forward_and_backward(batches, bear_loss)
         self.heartbeat.at(progress.step + 1, "collective")
         norm = self.strategy.clip(config.train.max_grad_norm, progress.loss_scale.scale)
         asked = self.heartbeat.stop_asked, self.heartbeat.hold_asked
@@ -184,6 +185,31 @@ class Loop:
             self.ahead[following] = self.fetch(following)
         # The next step's loss is multiplied by what this one says of the scale.
         self.take_up(everything=progress.loss_scale.enabled)
+
+    def forward_and_backward(self, batches: list[tuple[MicroBatch, int]], bear_loss: int) -> Tensor:
+        """This rank's share of the global loss; out of memory, a single worker tries again with a leaner plan.
+
+        Raises:
+            OutOfRoom: among several workers, for all to start again with a leaner plan.
+            torch.OutOfMemoryError: no plan is leaner.
+        """
+        while True:
+            try:
+                scale = self.progress.loss_scale.scale
+                return accumulate_gradients(self.model, self.strategy, batches, bear_loss, scale, self.compute_dtype)
+            except torch.OutOfMemoryError as error:
+                failure = str(error)
+            # Only here has the error's traceback let go of the tensors of the forward.
+            line = lean_down(self.blocks) if self.config.activations == "auto" else None
+            if line is None:
+                raise torch.OutOfMemoryError(failure)
+            if self.world_size > 1:
+                raise OutOfRoom(failure)
+            self.strategy.clip(0.0, 1.0)
+            self.strategy.step(True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.notice(f"out of memory at step {self.progress.step + 1}; the step is tried again, activations {line}")
 
     def fetch(self, position: Position) -> list[MicroBatch]:
         """This rank's micro-batches of the global batch at `position`, on their way to the device."""

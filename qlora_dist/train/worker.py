@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch import nn
 
-from qlora_dist.checkpoint.format import STATE, DamagedCheckpoint, Snapshot, read_snapshot
+from qlora_dist.checkpoint.format import read_snapshot
 from qlora_dist.checkpoint.manifest import list_checkpoints, resolve_resume
 from qlora_dist.checkpoint.writer import BackgroundWriter
 from qlora_dist.config.errors import UserError
@@ -37,30 +36,23 @@ from qlora_dist.model.block import Block
 from qlora_dist.model.fused import fuse
 from qlora_dist.model.gguf import rounding_note
 from qlora_dist.model.resolve import resolve_base
-from qlora_dist.model.weights import base_fingerprint
 from qlora_dist.optim.optimizers import build_optimizer
 from qlora_dist.optim.schedules import build_schedule
 from qlora_dist.shard.activations import offload_activations
 from qlora_dist.shard.loading import make_placement
-from qlora_dist.shard.strategy import FullState, Strategy, make_strategy
+from qlora_dist.shard.strategy import make_strategy
 from qlora_dist.track.attempt import open_metrics
-from qlora_dist.train.activation_plan import largest_micro_batch, rehearsal_batch, set_activations
+from qlora_dist.train.activation_plan import OutOfRoom, largest_micro_batch, rehearsal_batch, set_activations
 from qlora_dist.train.boundaries import check_document_boundaries
 from qlora_dist.train.context import Worker
 from qlora_dist.train.evaluate import answer_prompts
 from qlora_dist.train.heartbeat import Heartbeat
+from qlora_dist.train.identity import resume, run_identity
 from qlora_dist.train.loop import Loop
 from qlora_dist.train.progress import Progress
 from qlora_dist.train.step import LossScale, accumulate_gradients, lays_flat
 from qlora_dist.train.vocabulary import check_vocabulary
 
-# What makes an adapter another adapter, by PEFT's names.
-ADAPTER_IDENTITY = (
-    "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "modules_to_save", "rank_pattern", "alpha_pattern",
-    "layers_to_transform",
-)  # fmt: skip
-# What a checkpoint was made with that says nothing of it.
-IDENTITY_BEFORE = {"model.embedding": "bf16", "model.head": "bf16"}
 # What CUDA's context, its libraries and NCCL take beside PyTorch's allocator, which alone can be capped.
 BESIDE_ALLOCATOR_GIB = 2.0
 # Two missed heartbeats and a little more.
@@ -91,6 +83,9 @@ def train(config: RunConfig, worker: Worker) -> None:
         failed = False
     except UserError as error:
         report(worker, generation, "user", error.message, heartbeat)
+    except OutOfRoom as error:
+        report(worker, generation, "memory", out_of_memory(error, config, worker).message, heartbeat)
+        raise
     except torch.OutOfMemoryError as error:
         report(worker, generation, "user", out_of_memory(error, config, worker).message, heartbeat)
     except Fenced:
@@ -159,7 +154,8 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
     largest = largest_micro_batch(config, train_table)
     batch = rehearsal_batch(largest, tokenizer.pad_token_id, worker.device)
     rehearse = partial(accumulate_gradients, model, strategy, [(batch, 0)], batch.num_loss_tokens, 1.0, dtype)
-    kept = set_activations(config, blocks, strategy, rehearse, worker.device, largest, dtype.itemsize)
+    leaner = agree(worker, worker.client.call("outcome")["out_of_memory"] if lead else None)
+    kept = set_activations(config, blocks, strategy, rehearse, worker.device, largest, dtype.itemsize, leaner)
     if kept is not None:
         note("memory", f"activations {kept}")
     del batch, rehearse
@@ -185,6 +181,7 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
         metrics=open_metrics(config, worker.run_dir, generation, progress.step, partial(note, "notice"))
         if lead else None,
         writer=BackgroundWriter(worker.run_dir, worker.client, generation) if lead else None,
+        blocks=blocks, notice=partial(note, "notice"),
     )  # fmt: skip
     loop.run()
     finish(loop, worker, tokenizer, generation)
@@ -233,7 +230,7 @@ def leave_process_group(worker: Worker, failed: bool) -> None:
         dist.destroy_process_group()
 
 
-def out_of_memory(error: torch.OutOfMemoryError, config: RunConfig, worker: Worker) -> UserError:
+def out_of_memory(error: Exception, config: RunConfig, worker: Worker) -> UserError:
     """The error of a GPU that is too small for the run."""
     return UserError(
         "out-of-memory", rank=worker.rank, device=worker.device, error=error,
@@ -256,67 +253,6 @@ def resume_path(config: RunConfig, worker: Worker, note: Any) -> str | None:
     outcome = worker.client.call("outcome")
     path = resolve_resume(worker.run_dir, config.resume, outcome["started_generation"], partial(note, "notice"))
     return None if path is None else str(path)
-
-
-def run_identity(
-    config: RunConfig, base_folder: Path, table: TokenTable, adapter_settings: dict[str, Any]
-) -> dict[str, Any]:
-    """What must not change between a checkpoint and its resumption, by the name of the setting it comes from."""
-    return {
-        "model.name": base_fingerprint(base_folder),
-        "model.quantization": f"{config.model.quantization}, double_quant {config.model.double_quant}",
-        # What is in host memory is the same weight.
-        **{
-            f"model.{name}": "bf16" if kind == "host" else kind
-            for name, kind in (("embedding", config.model.embedding), ("head", config.model.head))
-        },
-        "data.packing": f"to {config.data.max_length} tokens" if config.data.packing else "off",
-        "data.train": table.fingerprint,
-        "data.shuffle": config.data.shuffle,
-        "train.global_batch_size": config.global_batch_size,
-        "seed": config.seed,
-        **{f"adapter.{name}": _sorted(adapter_settings.get(name)) for name in ADAPTER_IDENTITY},
-    }
-
-
-def _sorted(value: Any) -> Any:
-    return sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
-
-
-def resume(checkpoint: Path, strategy: Strategy, identity: dict[str, Any], optim: str | None = None) -> Progress:
-    """Load a checkpoint into the strategy.
-
-    Args:
-        optim: this run's `train.optim`; None leaves it to the state's format whether it fits.
-
-    Raises:
-        UserError: it was made with another base, other data, another optimizer or global order; or it is damaged.
-    """
-    try:
-        snapshot: Snapshot = read_snapshot(checkpoint)
-    except DamagedCheckpoint as error:
-        raise UserError("checkpoint-damaged", path=checkpoint, problems=str(error).split(": ", 1)[1]) from error
-    if not {"identity", "progress"} <= snapshot.state.keys():
-        raise UserError("checkpoint-damaged", path=checkpoint, problems=f"{STATE} lacks identity or progress")
-    saved = snapshot.state["identity"]
-    for name, value in identity.items():
-        if saved.get(name, IDENTITY_BEFORE.get(name)) != value:
-            if name == "data.train":
-                raise UserError("checkpoint-data-differs", checkpoint=checkpoint)
-            if len(str(value)) > 40:  # a checksum, which says nothing to a person
-                raise UserError("checkpoint-content-differs", checkpoint=checkpoint, setting=name)
-            was = saved.get(name, IDENTITY_BEFORE.get(name))
-            raise UserError("checkpoint-value-differs", checkpoint=checkpoint, setting=name, saved=was, value=value)
-    match yaml.safe_load(snapshot.config_yaml):
-        # Paged or not, the state is the same.
-        case {"train": {"optim": str(made_with)}} if optim and _unpaged(made_with) != _unpaged(optim):
-            raise UserError("optimizer-differs", checkpoint=checkpoint, saved=made_with, optim=optim)
-    strategy.load_full_state(FullState(snapshot.adapter, snapshot.optimizer, snapshot.optimizer_scalars))
-    return Progress.from_dict(snapshot.state["progress"])
-
-
-def _unpaged(optim: str) -> str:
-    return optim.removeprefix("paged_")
 
 
 def finish(loop: Loop, worker: Worker, tokenizer: Any, generation: int) -> None:

@@ -91,6 +91,8 @@ def stock(
     )  # fmt: skip
     model = get_peft_model(model, lora)
     if compiled:
+        # What differs from layer to layer may ask for a compilation each.
+        torch._dynamo.config.recompile_limit = 64
         for layer in model.base_model.model.model.layers:
             layer.compile()
     return model, True

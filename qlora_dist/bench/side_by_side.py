@@ -15,7 +15,7 @@ from qlora_dist.bench.document import Record
 from qlora_dist.bench.peers import PEERS, Job, Peer
 from qlora_dist.bench.plane import OURS
 from qlora_dist.bench.sweep import Point, called
-from qlora_dist.bench.throughput import TAIL, Task, measure, outcome
+from qlora_dist.bench.throughput import TAIL, Task, last_words, measure, outcome
 from qlora_dist.bench.watch import watched
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import RunConfig
@@ -160,13 +160,6 @@ def measure_peer(shared: Comparison, name: str, peer: Peer, size: Size, seconds:
     return record | {"exit_code": ended.code, "log_tail": told[-TAIL:]}
 
 
-def last_words(log: str) -> str:
-    """The line of a log that names the exception, else its last one."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
-    return (named or lines or ["nothing was said"])[-1][:200]
-
-
 def batches_file(shared: Comparison, size: Size) -> Path:
     """The batches that our run of this size trains on, in its order: input_ids int32 [steps, B, T]."""
     file = shared.scratch / f"batches-{size.batch}x{size.length}.safetensors"
@@ -203,11 +196,13 @@ def write_batches(config: RunConfig, size: Size, steps: int, file: Path) -> None
 
 
 def prepare_base(shared: Comparison) -> None:
-    """Quantise the base into the folder that everybody loads, by one step of ours, which also compiles its kernels.
+    """Quantise the base into the folder that everybody loads, unless it is there, by one step of ours.
 
     Raises:
         UserError: that failed.
     """
+    if (shared.nf4 / "config.json").exists():
+        return
     folder = shared.scratch / "prepare"
     folder.mkdir()
     point = Point("prepare", [f"model.cache_quantized={shared.nf4}", "train.max_steps=1", "data.max_length=256"])

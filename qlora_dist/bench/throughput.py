@@ -1,5 +1,6 @@
 """Points of `qlora-dist train`, each in processes of its own: tokens/s, seconds a step and memory of each."""
 
+import re
 import statistics
 import sys
 import time
@@ -49,7 +50,9 @@ def measure(point: Point, settings: Path, scratch: Path, warm_up: int, limit_s: 
         "host_peak_gib": ended.host_peak_gib,
     }
     if record["outcome"] != "ok":
-        return record | {"exit_code": ended.code, "log_tail": log.read_text(errors="replace")[-TAIL:]}
+        told = log.read_text(errors="replace")
+        why = {"why": last_words(told)} if record["outcome"] == "failed" else {}
+        return record | why | {"exit_code": ended.code, "log_tail": told[-TAIL:]}
     return record | step_figures(run_dir, warm_up, started)
 
 
@@ -61,6 +64,13 @@ def outcome(code: int, over_limit: bool, log: Path) -> str:
         return "ok"
     told = log.read_text(errors="replace")
     return "out of memory" if any(sign in told for sign in OUT_OF_MEMORY) else "failed"
+
+
+def last_words(log: str) -> str:
+    """The line of a log that names the exception, else its last one."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (named or lines or ["nothing was said"])[-1][:200]
 
 
 def step_figures(run_dir: Path, warm_up: int, started: float) -> Record:

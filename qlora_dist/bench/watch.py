@@ -13,7 +13,7 @@ import psutil
 
 import qlora_dist
 
-LOOK_S = 0.25
+LOOK_S = 0.5
 # For a trainer to write its checkpoint and leave after SIGTERM.
 PATIENCE_S = 15.0
 

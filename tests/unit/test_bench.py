@@ -19,7 +19,6 @@ from qlora_dist.bench.side_by_side import (
     Size,
     at_size,
     chosen_peers,
-    last_words,
     our_points,
     our_task,
     parse_sizes,
@@ -29,7 +28,7 @@ from qlora_dist.bench.side_by_side import (
 )
 from qlora_dist.bench.sweep import Point, checked, combined, parse_axis, parse_points, read_points
 from qlora_dist.bench.tables import page
-from qlora_dist.bench.throughput import NO_TIME, OVER_LIMIT, Task, measure, outcome, run_tasks
+from qlora_dist.bench.throughput import NO_TIME, OVER_LIMIT, Task, last_words, measure, outcome, run_tasks
 from qlora_dist.bench.watch import watched
 from qlora_dist.bench.workload import merged, words_for, write_rows, write_settings
 from qlora_dist.config.errors import UserError
@@ -331,7 +330,7 @@ def test_a_sweep_on_a_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     good, bad = read(out)["records"]
     assert (good["outcome"], bad["outcome"]) == ("ok", "failed")
-    assert "/dev/null" in bad["log_tail"]
+    assert "/dev/null" in bad["why"]
     assert "| cache_quantized null |" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 

@@ -92,7 +92,7 @@ def settle(optimizer: Any) -> None:
     """Wait until the state can be read on the host, and its step counts are those of steps taken."""
     if hasattr(optimizer, "device_steps"):
         optimizer.device_steps.settle()
-    if getattr(optimizer, "is_paged", False):
+    if getattr(optimizer, "is_paged", False) or getattr(optimizer, "state_on_host", False):
         for device in {p.device for group in optimizer.param_groups for p in group["params"]}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

@@ -23,11 +23,17 @@ def main(job_file: Path, result_file: Path) -> None:
     paths = {key: Path(settings["job"][key]) for key in ("base", "batches")}
     job = Job(**settings["job"] | paths)
     started = time.monotonic()
+    peer = PEERS[settings["peer"]]
     # Unsloth patches transformers and wants to be imported before it, so nothing comes before this.
-    model, autocast = PEERS[settings["peer"]].build(job)
+    model, autocast = peer.build(job)
     loaded = time.monotonic()
     deadline = started + settings["seconds"]
-    result = take_steps(model, job, autocast, settings["warm_up"], settings["steps"], deadline)
+    if peer.trainer:
+        from qlora_dist.bench.peer_trl import train
+
+        result = train(model, job, settings["warm_up"], settings["steps"], deadline)
+    else:
+        result = take_steps(model, job, autocast, settings["warm_up"], settings["steps"], deadline)
     result["load_seconds"] = loaded - started
     result_file.write_text(json.dumps(result))
 
@@ -66,8 +72,17 @@ def take_steps(model: Any, job: Job, autocast: bool, warm_up: int, steps: int, d
         if on_gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    measured = seconds[warm_up:]
-    batch, length = input_ids_SBT.shape[1:]
+    return figures(model, job, seconds, losses, warm_up, tuple(input_ids_SBT.shape[1:]))
+
+
+def figures(
+    model: Any, job: Job, seconds: list[float], losses: list[float], warm_up: int, size: tuple[int, ...]
+) -> dict[str, Any]:
+    """A record's figures from the seconds of each step and the GPU's peaks; `size` is batch and length."""
+    import torch
+
+    on_gpu = job.device.startswith("cuda")
+    measured, (batch, length) = seconds[warm_up:], size
     median = statistics.median(measured)
     return {
         "tokens_per_second": batch * length / median,
@@ -78,7 +93,7 @@ def take_steps(model: Any, job: Job, autocast: bool, warm_up: int, steps: int, d
         "workers": 1,
         "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
         "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None,
-        "trained_parameters": sum(parameter.numel() for parameter in trained),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "losses": losses,
     }
 

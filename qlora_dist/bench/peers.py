@@ -40,6 +40,7 @@ class Peer:
         packages: the modules without which it is not installed.
         build: makes the model and says whether its steps run under bf16 autocast.
         environment: what its process needs beside the person's own environment.
+        trainer: whether TRL's trainer takes the steps.
         note: what is different in kind, such as a base in 16 bits; empty where it trains the same as ours.
     """
 
@@ -47,6 +48,7 @@ class Peer:
     packages: tuple[str, ...]
     build: Callable[[Job], tuple[Any, bool]]
     environment: Mapping[str, str] = field(default_factory=dict)
+    trainer: bool = False
     note: str = ""
 
 
@@ -133,6 +135,7 @@ PEERS: dict[str, Peer] = {
     "unsloth-graphs": Peer(
         "Unsloth, block CUDA graphs", UNSLOTH, unsloth, UNSLOTH_OFFLINE | {"UNSLOTH_BLOCK_CUDAGRAPHS": "1"}
     ),
+    "trl": Peer("TRL SFTTrainer + PEFT, checkpointing", (*STOCK, "trl"), stock, trainer=True),
     "compiled": Peer("compiled PEFT, checkpointing", STOCK, partial(stock, compiled=True)),
     "peft-kept": Peer("transformers + PEFT", STOCK, partial(stock, prepare=True, checkpointing=False)),
     "lora-16bit": Peer(

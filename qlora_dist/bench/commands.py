@@ -1,5 +1,6 @@
 """`qlora-dist bench ...`: parse, call, print."""
 
+import importlib.util
 import tempfile
 import time
 from collections.abc import Iterator
@@ -202,13 +203,17 @@ def show(
 
 def draw(path: Path, documents: list[dict[str, Any]]) -> None:
     """The plane of all points of these documents; without any there is no picture."""
-    from qlora_dist.bench.plane import draw_plane
     from qlora_dist.bench.throughput import spots
 
     documents = [document for document in documents if document["what"] != "kernels"]
     drawn = [spot for document in documents for spot in spots(document)]
     if not drawn:
         return
+    if importlib.util.find_spec("matplotlib") is None:
+        print("matplotlib is not there, so neither is a picture: `qlora-dist bench show` draws it elsewhere")
+        return
+    from qlora_dist.bench.plane import draw_plane
+
     first = documents[0]
     ceilings = [
         (f"GEMMs and attention alone, {size}", rates["bound"]["kept"])

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox, IdentityTransform
 
-OURS = "qlora-dist"
+from qlora_dist.bench.spots import OURS, Spot, frontier
+
 SIZE_IN, DPI = (10.0, 6.4), 150
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
@@ -30,25 +30,6 @@ DIRECTIONS = ((1, 0), (0, 1), (0, -1), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -
 DISTANCES = (9, 18, 30, 44, 60, 80)
 # From here on a thin line joins them.
 FAR = 12
-
-
-@dataclass(frozen=True)
-class Spot:
-    """One point of the plane: who it is, what tells it from its series' others, memory and speed."""
-
-    series: str
-    label: str
-    gib: float
-    tokens_per_second: float
-
-
-def frontier(spots: Sequence[Spot]) -> list[Spot]:
-    """The spots that no other one beats or equals with no more memory, by memory."""
-    best: list[Spot] = []
-    for spot in sorted(spots, key=lambda spot: (spot.gib, -spot.tokens_per_second)):
-        if not best or spot.tokens_per_second > best[-1].tokens_per_second:
-            best.append(spot)
-    return best
 
 
 def draw_plane(
@@ -94,10 +75,11 @@ def _scale(axes: Axes, spots: Sequence[Spot], heights: Sequence[float]) -> None:
     axes.set_xlim(min(widths) / 1.25, max(widths) * 1.35)
     axes.set_ylim(0, max(heights) * 1.12)
     near = [tick for tick in TICKS if min(widths) / 1.25 <= tick <= max(widths) * 1.35]
-    axes.xaxis.set_major_locator(FixedLocator(_apart(near)))
+    # Where all points have nearly the same memory, theirs are the numbers.
+    axes.xaxis.set_major_locator(FixedLocator(_apart(near if len(near) > 1 else sorted(widths))))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 

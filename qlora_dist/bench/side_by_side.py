@@ -13,7 +13,7 @@ from typing import Any
 
 from qlora_dist.bench.document import Record
 from qlora_dist.bench.peers import PEERS, Job, Peer
-from qlora_dist.bench.plane import OURS
+from qlora_dist.bench.spots import OURS
 from qlora_dist.bench.sweep import Point, called
 from qlora_dist.bench.throughput import TAIL, Task, last_words, measure, outcome
 from qlora_dist.bench.watch import watched

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dist.bench.document import Record, write
-from qlora_dist.bench.plane import OURS, Spot
+from qlora_dist.bench.spots import OURS, Spot
 from qlora_dist.bench.sweep import Point
 from qlora_dist.bench.watch import watched
 from qlora_dist.coordinate.log import EventLog

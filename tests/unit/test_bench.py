@@ -13,7 +13,7 @@ import pytest
 from qlora_dist.bench.bound import Shape, bounds
 from qlora_dist.bench.document import begin, read
 from qlora_dist.bench.peers import Peer, unsloth
-from qlora_dist.bench.plane import OURS, Spot, draw_plane, frontier
+from qlora_dist.bench.plane import draw_plane
 from qlora_dist.bench.side_by_side import (
     Comparison,
     Size,
@@ -26,6 +26,7 @@ from qlora_dist.bench.side_by_side import (
     prepare_base,
     with_ratios,
 )
+from qlora_dist.bench.spots import OURS, Spot, frontier
 from qlora_dist.bench.sweep import Point, checked, combined, parse_axis, parse_points, read_points
 from qlora_dist.bench.tables import page
 from qlora_dist.bench.throughput import NO_TIME, OVER_LIMIT, Task, last_words, measure, outcome, run_tasks

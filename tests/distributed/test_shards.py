@@ -144,7 +144,11 @@ def live_bytes() -> dict[int, int]:
 
 
 def bytes_held(rank: int, base: Path, make_strategy: Callable[[], Any]) -> int:
-    """All bytes of tensors that a training step leaves on this rank, beyond what was there before there was a model."""
+    """All bytes of tensors that a training step leaves on this rank, beyond what was there before there was a model.
+
+    Without an optimizer's lookup tables, and without the gradients that `none` keeps for good.
+    """
+    tables = bytes_of_lookup_tables()
     before = live_bytes()
     model = make_model(base)
     strategy = make_strategy()
@@ -154,7 +158,20 @@ def bytes_held(rank: int, base: Path, make_strategy: Callable[[], Any]) -> int:
     strategy.clip(1.0, 1.0)
     strategy.step(skip=False)
     del loss
-    return sum(size for storage, size in live_bytes().items() if storage not in before)
+    kept = strategy.flat.grad_N.nbytes if isinstance(strategy, Unsharded) else 0
+    return sum(size for storage, size in live_bytes().items() if storage not in before) - kept - tables
+
+
+def bytes_of_lookup_tables() -> int:
+    """What an 8-bit optimizer holds however little it trains."""
+    before = live_bytes()
+    parameter = nn.Parameter(torch.ones(4096))
+    parameter.grad = torch.ones(4096)
+    optimizer = build_optimizer({"parameter": parameter}, TrainConfig(optim="adamw_8bit"))
+    optimizer.step()
+    after = sum(size for storage, size in live_bytes().items() if storage not in before)
+    # fp32 values and gradients, two moments of a byte, and their scales.
+    return after - 4096 * (4 + 4 + 2) - 2 * 4 * 4096 // 256
 
 
 def four_shards() -> FullyShard:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from qlora_dist.config.deepspeed import deepspeed_settings
 from qlora_dist.config.schema import RunConfig, TrainConfig
+from qlora_dist.model.adapter import trainable_parameters
 from qlora_dist.optim.optimizers import CONSTANT_KEYS, build_optimizer
 from qlora_dist.shard.frozen import BYTES, FrozenUnit
 from qlora_dist.shard.none import Unsharded
@@ -36,6 +37,7 @@ from tests.distributed.strategies import (
     write_rows,
 )
 from tests.distributed.test_same_training import nf4_base
+from tests.distributed.test_shards import bytes_of_lookup_tables
 from tests.single import train_here
 from tests.tiny import make_tiny_model
 
@@ -173,8 +175,8 @@ def state_after_three_steps(base: Path, adapter: Path) -> FullState:
     strategy.apply(adapted(base, adapter), MAKE_OPTIMIZER)
     torch.manual_seed(1)
     for _ in range(3):
-        for parameter in strategy.parameters.values():
-            parameter.grad = torch.randn_like(parameter)
+        for parameter in trainable_parameters(strategy.model).values():
+            parameter.grad.copy_(torch.randn_like(parameter))
         strategy.step(skip=False)
     return strategy.full_state()
 
@@ -257,6 +259,7 @@ def living_bytes() -> int:
 
 def held_bytes(rank: int, base: Path, adapter: Path, name: str) -> dict[str, int]:
     """What a rank holds after a step: the parts by the strategy's account, and all living tensors together."""
+    tables = bytes_of_lookup_tables()
     before = living_bytes()
     strategy: Any = Unsharded() if name == "none" else strategy_of(name)
     called: Any = strategy.apply(adapted(base, adapter), MAKE_OPTIMIZER)
@@ -277,14 +280,16 @@ def held_bytes(rank: int, base: Path, adapter: Path, name: str) -> dict[str, int
         constants = sum(s.absmax.nbytes + s.offset.nbytes + s.state2.absmax.nbytes for s in quantised)
         weights, trained = (
             sum(p.nbytes for p in frozen) + constants,
-            sum(p.nbytes for p in strategy.parameters.values()),
+            sum(p.nbytes for p in strategy.flat.pieces.values()),
         )
+        # Gradients that it keeps for good.
+        tables += strategy.flat.grad_N.nbytes
     else:
         parameters = dict(called.named_parameters())
         weights = sum(p.ds_tensor.nbytes for key, p in parameters.items() if key.endswith(BYTES))
         trained = strategy.partition.nbytes
         assert all(p.numel() == 0 for p in parameters.values()), "everything is released"
-    return {"base": weights, "adapter": trained, "state": state, "living": living_bytes() - before}
+    return {"base": weights, "adapter": trained, "state": state, "living": living_bytes() - before - tables}
 
 
 def test_four_ranks_hold_a_quarter_each(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_dist.kernels import factors, linear_cross_entropy, nf4, rmsnorm, rope, swiglu
+from qlora_dist.kernels import factors, fp8, linear_cross_entropy, low_rank, nf4, rmsnorm, rope, swiglu
 from qlora_dist.kernels.launch import Kernel
 
 triton = pytest.importorskip("triton")
@@ -21,12 +21,12 @@ from triton.runtime import driver  # noqa: E402
 # A100; RTX 4090, L4 and L40S (99 KB of shared memory a program, the least of the three); H100 and H200.
 ARCHITECTURES = [80, 89, 90]
 SHARED_BYTES = 99 * 1024
-MODULES = [factors, nf4, rmsnorm, rope, swiglu, linear_cross_entropy]
+MODULES = [factors, fp8, low_rank, nf4, rmsnorm, rope, swiglu, linear_cross_entropy]
 
 
 def test_values_in_the_interpreter() -> None:
     """The tests of the references once more, in a process whose public functions take the kernels instead."""
-    tests = Path(__file__).with_name("test_kernels.py")
+    tests = [Path(__file__).with_name(name) for name in ("test_kernels.py", "test_kernels_fp8.py")]
     command = [
         sys.executable,
         "-m",
@@ -37,7 +37,7 @@ def test_values_in_the_interpreter() -> None:
         "no:cacheprovider",
         "-k",
         "not imported_only",
-        str(tests),
+        *map(str, tests),
     ]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -169,3 +169,41 @@ def test_other_shapes_and_dtypes_compile(compiles: tuple[int, Compiled]) -> None
         norm(features, torch.float32 if features == 16384 else torch.bfloat16, residual=True, backward=True)
     for features in sizes[::2]:
         norm(features, torch.float32 if features == 16384 else torch.bfloat16, residual=True, backward=False)
+
+
+def packed_fp8(rows: int, columns: int, nested: bool, turned: bool) -> None:
+    blocks, single = rows * columns // 64, torch.float32
+    absmax2, code2, offset = (empty(n, dtype=single) for n in (-(-blocks // 256), 256, 1))
+    state = nf4.NestedAbsmax(absmax2, code2, offset, 256) if nested else None
+    absmax = empty(blocks, dtype=torch.uint8 if nested else single)
+    source = nf4.Packed(empty(rows * columns // 2, dtype=torch.uint8), absmax, empty(16, dtype=single), 64, state)
+    shape = (columns, rows) if turned else (rows, columns)
+    fp8.weight_into(empty(*shape, dtype=fp8.E4M3), source, empty(shape[0], dtype=single), turned)
+
+
+def test_the_kernels_of_fp8_compile(compiles: tuple[int, Compiled]) -> None:
+    """At the 8B and 70B shapes. An A100 has no FP8, so there only the sum beside the GEMM compiles."""
+    capability, made = compiles
+    y, p, b = empty(4096, 28672 + 64)[:, :28672], empty(4096, 4096 + 64)[:, 4096:], empty(28672, 64)
+    low_rank.add_low_rank_(y, p, b, empty(28672), y)
+    low_rank.add_low_rank_(empty(4096, 4096), empty(4096, 192), empty(192, 4096).t())
+    if capability == 80:
+        return
+    # Triton goes by way of fp16 before sm_90.
+    rounded = f"cvt.rn.satfinite.e4m3x2.f{32 if capability >= 90 else 16}"
+    for columns in (4096, 14336, 28672, 57344):
+        fp8.quantize_rows(empty(4096, columns + 64)[:, :columns])
+        ptx = made["fp8._rows"].asm["ptx"]
+        assert rounded in ptx
+        assert "ld.global.v4.b32" in ptx
+        assert "st.global.v4.b32" in ptx
+    for turned in (False, True):
+        for nested in (False, True):
+            packed_fp8(6144, 4096, nested, turned)
+            ptx = made["fp8._weight"].asm["ptx"]
+            assert rounded in ptx
+            assert "st.global.v4.b32" in ptx
+            assert "st.global.b8" not in ptx
+            assert "fma.rn.f32" not in ptx
+        scale = empty(4096, dtype=torch.float32)
+        fp8.weight_into(empty(4096, 4096, dtype=fp8.E4M3), empty(4096, 4096), scale, turned)

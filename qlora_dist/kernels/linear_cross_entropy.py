@@ -52,6 +52,7 @@ def linear_cross_entropy(
     weight_VH: Tensor | Slices | Callable[[], Tensor | Slices],
     targets_N: Tensor,
     chunk: int | None = None,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """The sum over n of -log softmax(hidden[n] @ weight^T)[targets[n]]: a float32 scalar (float64 for float64).
 
@@ -59,10 +60,10 @@ def linear_cross_entropy(
     there). Slices of it are made twice for each chunk of rows. GEMMs run in the weight's dtype; the gradient of hidden
     is computed in the same pass and kept, [N, H] in hidden's dtype. `targets_N`: int64 in [0, V), or -100 for a token
     that does not count. N may be 0.
-    `chunk`: rows of logits held at once; by default what 0.5 GiB holds.
+    `chunk`: rows of logits held at once; by default what `chunk_bytes` hold, which are 0.5 GiB.
     """
     gradient = torch.is_grad_enabled() and hidden_NH.requires_grad
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_NH, weight_VH, targets_N, chunk, gradient)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_NH, weight_VH, targets_N, chunk, chunk_bytes, gradient)
     return loss
 
 
@@ -74,13 +75,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_VH: Tensor | Slices | Callable[[], Tensor | Slices],
         targets_N: Tensor,
         chunk: int | None,
+        chunk_bytes: int | None,
         gradient: bool,
     ) -> Tensor:
         weight = weight_VH if isinstance(weight_VH, Tensor | Slices) else weight_VH()
         slices = weight if isinstance(weight, Slices) else _whole(weight.detach())
         rows, vocabulary = hidden_NH.shape[0], slices.vocabulary
         dhidden_NH = torch.empty_like(hidden_NH, memory_format=torch.contiguous_format) if gradient else None
-        chunk = chunk or chunk_rows(rows, vocabulary, slices.dtype.itemsize)
+        chunk = chunk or chunk_rows(rows, vocabulary, slices.dtype.itemsize, chunk_bytes or CHUNK_BYTES)
         logits_CV = hidden_NH.new_empty(min(chunk, rows), vocabulary, dtype=slices.dtype)
         loss_N = hidden_NH.new_zeros(rows, dtype=compute_dtype(logits_CV))
         for start in range(0, rows, chunk):
@@ -98,12 +100,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (dhidden_NH,) = ctx.saved_tensors
         # One element, not none: then the product is computed in float32 and rounded once, where a scalar tensor would
         # be rounded to bf16 first, and all gradients of the run with it.
         scaled_NH = torch.mul(dhidden_NH, dloss.view(1), out=torch.empty_like(dhidden_NH))
-        return scaled_NH, None, None, None, None
+        return scaled_NH, None, None, None, None, None
 
 
 def _whole(weight_VH: Tensor) -> Slices:
@@ -131,9 +133,9 @@ def product_into(out_CH: Tensor, grad_CV: Tensor, slices: Slices) -> None:
     out_CH.copy_(sum_CH)
 
 
-def chunk_rows(rows: int, vocabulary: int, element_size: int) -> int:
-    """Rows of a chunk: chunks as equal as multiples of 128 rows allow, none above CHUNK_BYTES."""
-    most = max(CHUNK_BYTES // (vocabulary * element_size) // 128 * 128, 128)
+def chunk_rows(rows: int, vocabulary: int, element_size: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """Rows of a chunk: chunks as equal as multiples of 128 rows allow, none above `chunk_bytes`, but for 128 rows."""
+    most = max(chunk_bytes // (vocabulary * element_size) // 128 * 128, 128)
     chunks = max(-(-rows // most), 1)
     return max(-(-rows // chunks // 128) * 128, 128)
 

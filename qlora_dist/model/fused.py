@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qlora_dist.kernels.linear_cross_entropy import linear_cross_entropy
+from qlora_dist.kernels.linear_cross_entropy import CHUNK_BYTES, linear_cross_entropy
 from qlora_dist.model.block import KEEP_ALL, Block, Plan, run_block
 from qlora_dist.model.embedding import StoredHead
 from qlora_dist.model.norm import fuse_norm
@@ -44,6 +44,7 @@ def fuse(model: nn.Module, notice: Callable[[str], None] = print) -> list[Block]
             reasons[reason] += 1
     for reason, count in reasons.items():
         notice(f"{count} decoder layers run unfused, and slower: {reason}")
+    base.windowed = any(block.window is not None for block in blocks)
     base.attends_by_documents = bool(blocks) and not reasons and base.config._attn_implementation == "sdpa"
     fuse_norm(base)
     fuse_head(base)
@@ -54,6 +55,12 @@ def attends_by_documents(model: nn.Module) -> bool:
     """Whether all of its layers take the borders of documents in place of a mask."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     return getattr(base, "attends_by_documents", False)
+
+
+def has_window(model: nn.Module) -> bool:
+    """Whether some fused layer sees a window of the tokens before each."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return getattr(base, "windowed", False)
 
 
 def why_not(layer: Any, config: Any) -> str | None:
@@ -108,6 +115,8 @@ def fuse_layer(layer: Any) -> Block:
                 past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
             )  # fmt: skip
             return output
+        if attention_mask is not None and attention_mask.numel() == 1:
+            attention_mask = None
         told = {name: value for name, value in kwargs.items() if name in ATTENTION_KWARGS and value is not None}
         return run_block(block, hidden_states, *position_embeddings, attention_mask, **told)
 
@@ -130,8 +139,10 @@ def set_plan(blocks: list[Block], plan: Plan = KEEP_ALL) -> None:
 class HeadLoss:
     """What turns the head's logits into a loss while it is set: the predictions that count, and their targets.
 
-    index_N: int64, rows of the flattened [B * T] hidden states. target_N: int64.
+    index_N: int64, rows of the flattened [B * T] hidden states. target_N: int64. chunk_bytes: of logits at a time.
     """
+
+    chunk_bytes = CHUNK_BYTES
 
     def __init__(self) -> None:
         self.index_N: Tensor | None = None
@@ -161,16 +172,25 @@ def fuse_head(base: Any) -> HeadLoss | None:
                 return usual(hidden_states)
             hidden_NH = hidden_states.reshape(-1, hidden_states.shape[-1])[asked.index_N]
             if stored:
-                return linear_cross_entropy(hidden_NH, head.slices(hidden_NH.device), asked.target_N)
-            current = head.__dict__.get("current_weight")
-            weight = head.weight if current is None else current
-            return linear_cross_entropy(hidden_NH, weight, asked.target_N)
+                weight = head.slices(hidden_NH.device)
+            else:
+                current = head.__dict__.get("current_weight")
+                weight = head.weight if current is None else current
+            return linear_cross_entropy(hidden_NH, weight, asked.target_N, chunk_bytes=asked.chunk_bytes)
 
         return forward
 
     head.with_loss = with_loss
     head.forward = with_loss(head.forward)
     return asked
+
+
+def limit_logits(model: nn.Module, most_bytes: int) -> None:
+    """Let a fused head hold no more than so many bytes of logits at a time, 0.5 GiB in any case."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    asked = getattr(base.get_output_embeddings(), "fused_loss", None)
+    if asked is not None:
+        asked.chunk_bytes = min(most_bytes, CHUNK_BYTES)
 
 
 def fused_loss_sum(model: nn.Module, index_N: Tensor, target_N: Tensor, **inputs: Any) -> Tensor | None:

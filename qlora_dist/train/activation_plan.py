@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.data.collate import MicroBatch
 from qlora_dist.data.table import TokenTable
 from qlora_dist.model.block import RECOMPUTE_ALL, Block, Plan
+from qlora_dist.model.fused import limit_logits
 from qlora_dist.plan.activations import KINDS, Kind, choose, describe, gains
+from qlora_dist.shard.activations import offload_activations
 from qlora_dist.shard.strategy import Strategy
 from qlora_dist.train.step import lays_flat
 
@@ -27,6 +29,8 @@ class OutOfRoom(Exception):
 
 # What is left to the allocator's rounding and to what the rehearsal did not see, such as a library's workspaces.
 MARGIN_SHARE, MARGIN_BYTES = 0.03, 2**28
+# Of the memory there is, the most that logits may take at a time, as a divisor.
+LOGITS_SHARE = 40
 # Of the room that a plan used too much of, what the next one gets.
 SHRINK, ATTEMPTS = 0.85, 4
 
@@ -73,6 +77,7 @@ def rehearsal_batch(size: Largest, pad_token_id: int, device: torch.device) -> M
 
 def set_activations(
     config: RunConfig,
+    model: nn.Module,
     blocks: Sequence[Block],
     strategy: Strategy,
     rehearse: Callable[[], Tensor],
@@ -95,7 +100,9 @@ def set_activations(
     """
     if not blocks:
         return None
-    line = _set_activations(config, blocks, strategy, rehearse, device, largest, element_size)
+    if device.type == "cuda":
+        limit_logits(model, memory_limit(device) // LOGITS_SHARE)
+    line = _set_activations(config, model, blocks, strategy, rehearse, device, largest, element_size)
     for _ in range(leaner if config.activations == "auto" else 0):
         line = lean_down(blocks) or line
     return line
@@ -103,6 +110,7 @@ def set_activations(
 
 def _set_activations(
     config: RunConfig,
+    model: nn.Module,
     blocks: Sequence[Block],
     strategy: Strategy,
     rehearse: Callable[[], Tensor],
@@ -117,25 +125,36 @@ def _set_activations(
         keeps: frozenset[Kind] = frozenset() if config.activations != "auto" else frozenset({"attention", "gate_up"})
         return _use(blocks, [keeps] * len(blocks))
     _use(blocks, [frozenset()] * len(blocks))
-    lean = peak_of(rehearse, strategy, device)
     limit = memory_limit(device)
-    room = _least((limit * (1 - MARGIN_SHARE)) - MARGIN_BYTES - lean, device)
+    allowed = limit * (1 - MARGIN_SHARE) - MARGIN_BYTES
+    away = ""
+    room = _least(allowed - _peak_or_more(rehearse, strategy, device), device)
+    if room < 0:
+        # Layers' inputs go to the host and come back while others compute.
+        offload_activations(model)
+        away = ", their inputs in host memory"
+        room = _least(allowed - peak_of(rehearse, strategy, device), device)
     kinds = [kind for kind in KINDS if kind != "weights" or not any(block.sharded for block in blocks)]
     costs = [gains(block.shape, largest.rows * largest.length, largest.length, element_size) for block in blocks]
     for _ in range(ATTEMPTS):
         kept = choose(costs, room, kinds)
-        line = _use(blocks, kept)
-        try:
-            peak = peak_of(rehearse, strategy, device)
-        except torch.OutOfMemoryError:
-            if dist.is_initialized() and dist.get_world_size() > 1:
-                # The others stand in a collective that this rank has left.
-                raise
-            peak = limit + 1
+        line = _use(blocks, kept) + away
+        peak = _peak_or_more(rehearse, strategy, device)
         if _least(limit - peak, device) >= 0:
             return f"{line}; peak {peak / 2**30:.1f} GiB of {limit / 2**30:.1f} in rehearsal"
         room *= SHRINK
-    return _use(blocks, [frozenset()] * len(blocks))
+    return _use(blocks, [frozenset()] * len(blocks)) + away
+
+
+def _peak_or_more(rehearse: Callable[[], Tensor], strategy: Strategy, device: torch.device) -> float:
+    """As `peak_of`; infinity where it is more than there is."""
+    try:
+        return peak_of(rehearse, strategy, device)
+    except torch.OutOfMemoryError:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            # The others stand in a collective that this rank has left.
+            raise
+    return float("inf")
 
 
 def lean_down(blocks: Sequence[Block]) -> str | None:

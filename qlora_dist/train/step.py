@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.data.collate import MicroBatch
-from qlora_dist.model.fused import attends_by_documents, fused_loss_sum
+from qlora_dist.model.fused import attends_by_documents, fused_loss_sum, has_window
 from qlora_dist.shard.strategy import Strategy
 
 
@@ -95,20 +95,26 @@ def document_borders(model: nn.Module, batch: MicroBatch) -> dict[str, Any]:
 
     Without an attention mask, transformers makes the block-diagonal causal mask from position ids that begin anew
     (`sdpa`, `eager`, any number of lines). Flash attention takes the borders themselves, and needs one flat line. On a
-    GPU a model whose layers are all fused takes them for any number of lines, and no mask is made for it.
+    GPU a model whose layers are all fused takes them for any number of lines, and no mask is ever made for it.
     """
-    if not batch.packed:
+    by_documents = batch.input_ids_BT.is_cuda and attends_by_documents(model) and not batch.flat
+    if not batch.packed and not by_documents:
         return {}
-    borders: dict[str, Any] = {"position_ids": batch.position_ids_BT}
-    longest = batch.longest_document
-    if not batch.flat:
-        if not (batch.input_ids_BT.is_cuda and attends_by_documents(model)):
-            return borders
-        # Padding may be longer. A mask of four dimensions is handed on to the layers, which have no use for it.
-        longest = batch.input_ids_BT.shape[1]
-        borders["attention_mask"] = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids_BT.device)
-    borders |= {"cu_seq_lens_q": batch.cu_seqlens_D1, "cu_seq_lens_k": batch.cu_seqlens_D1}
-    return borders | {"max_length_q": longest, "max_length_k": longest}
+    told: dict[str, Any] = {"position_ids": batch.position_ids_BT} if batch.packed else {}
+    borders_D1, longest = batch.cu_seqlens_D1, batch.longest_document
+    if by_documents:
+        # transformers waits for the GPU to see whether lines are packed, but not where it is given a mask of four
+        # dimensions; that is handed on to the layers, which have no use for one of a single element.
+        told["attention_mask"] = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids_BT.device)
+        lines, longest = batch.input_ids_BT.shape
+        if borders_D1 is None and has_window(model):
+            borders_D1 = torch.arange(
+                0, lines * longest + 1, longest, dtype=torch.int32, device=batch.input_ids_BT.device
+            )
+    if borders_D1 is None or not (batch.flat or by_documents):
+        return told
+    told |= {"cu_seq_lens_q": borders_D1, "cu_seq_lens_k": borders_D1}
+    return told | {"max_length_q": longest, "max_length_k": longest}
 
 
 def _can_select_logits(model: Any) -> bool:

@@ -155,7 +155,7 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
     batch = rehearsal_batch(largest, tokenizer.pad_token_id, worker.device)
     rehearse = partial(accumulate_gradients, model, strategy, [(batch, 0)], batch.num_loss_tokens, 1.0, dtype)
     leaner = agree(worker, worker.client.call("outcome")["out_of_memory"] if lead else None)
-    kept = set_activations(config, blocks, strategy, rehearse, worker.device, largest, dtype.itemsize, leaner)
+    kept = set_activations(config, adapted, blocks, strategy, rehearse, worker.device, largest, dtype.itemsize, leaner)
     if kept is not None:
         note("memory", f"activations {kept}")
     del batch, rehearse

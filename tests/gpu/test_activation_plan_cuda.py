@@ -1,13 +1,16 @@
 """Plans made from a real GPU's memory, an out-of-memory error of its allocator, and documents by their borders."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from qlora_dist.kernels.documents import documents_attention
+from qlora_dist.train.loop import Loop
 from tests.distributed.group import series
 from tests.gpu.test_cuda import train_on_gpu
 from tests.single import small_config
@@ -36,8 +39,18 @@ def told(run_dir: Path, kind: str) -> list[str]:
 def run(folder: Path, base: Path, **train: Any) -> tuple[Path, int]:
     """A run's folder, and the most bytes allocated in its steps."""
     config = small_config(folder, base, **SECTIONS | {"train": SECTIONS["train"] | train})
-    assert train_on_gpu(config)["state"] == "finished"
-    return config.run_dir, torch.cuda.max_memory_allocated()
+    steps = Loop.train
+
+    def watched(loop: Loop) -> None:
+        torch.cuda.reset_peak_memory_stats()
+        steps(loop)
+        peaks.append(torch.cuda.max_memory_allocated())
+
+    peaks: list[int] = []
+    gc.collect()
+    with mock.patch.object(Loop, "train", watched):
+        assert train_on_gpu(config)["state"] == "finished"
+    return config.run_dir, peaks[0]
 
 
 def test_auto_keeps_what_fits_and_trains_the_same(base: Path, tmp_path: Path) -> None:

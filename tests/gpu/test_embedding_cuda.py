@@ -163,7 +163,7 @@ def test_a_model_on_the_gpu_holds_less(kind: str) -> None:
     for each in ("bf16", kind):
         config = ModelConfig(name="synthetic:llama-3.2-1b", embedding=each, head=each)
         gc.collect()
-            before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_allocated()
         model = load_base(config, resolve_base(config), device)
         torch.cuda.synchronize()
         sizes[each] = torch.cuda.memory_allocated() - before

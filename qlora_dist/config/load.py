@@ -174,7 +174,7 @@ def _mistake(errors: Sequence[Any], sources: dict[Location, str], origin: str) -
     if kind == "missing":
         return UserError("setting-missing", setting=dotted, where=origin)
     if kind == "value_error" and not location:
-        # What `schema.contradictions` found.
+        # What `contradictions` found.
         (contradiction,) = error["ctx"]["error"].args
         assert isinstance(contradiction, UserError)
         return contradiction

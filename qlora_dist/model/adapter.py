@@ -205,12 +205,18 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     write_adapter(adapter_state(model), adapter_config_json(model), folder)
 
 
-def write_adapter(state: Mapping[str, torch.Tensor], config_json: bytes, folder: Path) -> None:
-    """Write a PEFT adapter folder from what `adapter_state` and `adapter_config_json` gave; whole or not at all."""
+def write_adapter(
+    state: Mapping[str, torch.Tensor], config_json: bytes, folder: Path, notes: Mapping[str, str] | None = None
+) -> None:
+    """Write a PEFT adapter folder from what `adapter_state` and `adapter_config_json` gave; whole or not at all.
+
+    Args:
+        notes: how it was trained, for the metadata of the weights' file, which PEFT does not read.
+    """
     from safetensors.torch import save_file
 
     def write(partial_folder: Path) -> None:
-        save_file(dict(state), partial_folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(dict(state), partial_folder / WEIGHTS_FILE, metadata={"format": "pt", **(notes or {})})
         (partial_folder / CONFIG_FILE).write_bytes(config_json)
 
     publish_folder(folder.absolute(), write, replace=True)

@@ -11,7 +11,7 @@ projection, R its total LoRA rank, P that rank padded for the GEMM.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as functional
@@ -22,6 +22,7 @@ from qlora_dist.kernels.documents import documents_attention
 from qlora_dist.kernels.rmsnorm import rms_norm, rms_norm_backward
 from qlora_dist.kernels.rope import join_heads, rotate_
 from qlora_dist.kernels.swiglu import swiglu, swiglu_backward
+from qlora_dist.model.fp8 import Fp8Projection
 from qlora_dist.model.projection import Projection, current, statistics_dtype
 from qlora_dist.plan.activations import LayerShape
 
@@ -43,15 +44,21 @@ KEEP_ALL, RECOMPUTE_ALL = Plan(), Plan(attention=False, gate_up=False)
 
 
 class Block:
-    """The fused forward and backward of one decoder layer; its weights stay where PEFT and transformers keep them."""
+    """The fused forward and backward of one decoder layer; its weights stay where PEFT and transformers keep them.
 
-    def __init__(self, layer: Any):
+    Args:
+        compute: how the frozen weights are multiplied, `bf16` (any float) or `fp8`.
+    """
+
+    def __init__(self, layer: Any, compute: Literal["bf16", "fp8"] = "bf16"):
         attention, mlp = layer.self_attn, layer.mlp
         self.layer, self.attention = layer, attention
-        self.qkv = Projection(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.output = Projection(attention.o_proj)
-        self.gate_up = Projection(mlp.gate_proj, mlp.up_proj)
-        self.down = Projection(mlp.down_proj)
+        self.compute = compute
+        kind = Fp8Projection if compute == "fp8" else Projection
+        self.qkv = kind(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = kind(attention.o_proj)
+        self.gate_up = kind(mlp.gate_proj, mlp.up_proj)
+        self.down = kind(mlp.down_proj)
         self.head_dim: int = attention.head_dim
         self.q_width, self.kv_width = self.qkv.parts[0].rows.stop, self.qkv.parts[1].rows.stop
         self.kv_width -= self.q_width

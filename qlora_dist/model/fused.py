@@ -4,14 +4,16 @@ A layer that cannot run fused keeps transformers' and PEFT's own forward, and is
 """
 
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from qlora_dist.config.errors import UserError
 from qlora_dist.kernels.linear_cross_entropy import CHUNK_BYTES, linear_cross_entropy
 from qlora_dist.model.block import KEEP_ALL, Block, Plan, run_block
 from qlora_dist.model.embedding import StoredHead
+from qlora_dist.model.fp8 import misfit
 from qlora_dist.model.norm import fuse_norm
 
 # Decoder layers that are Llama's but for what `Block` knows of: biases, normed heads, sliding windows.
@@ -20,16 +22,22 @@ SUBLAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_a
              "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 
 
-def fuse(model: nn.Module, notice: Callable[[str], None] = print) -> list[Block]:
+def fuse(
+    model: nn.Module, notice: Callable[[str], None] = print, compute: Literal["bf16", "fp8"] = "bf16"
+) -> list[Block]:
     """Give the decoder layers that allow it and the last norm their fused forward, and the head its fused loss.
 
     Generation, disabled adapters and key-value caches go on through the usual forward.
 
     Args:
         notice: is told once, with the reason, of layers that stay as they are.
+        compute: how the frozen weights of the layers are multiplied.
 
     Returns:
         The fused layers, in order.
+
+    Raises:
+        UserError: `compute` is fp8, and a layer cannot run so.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     blocks: list[Block] = []
@@ -39,9 +47,11 @@ def fuse(model: nn.Module, notice: Callable[[str], None] = print) -> list[Block]
             continue
         reason = why_not(module, base.config)
         if reason is None:
-            blocks.append(fuse_layer(module))
+            blocks.append(fuse_layer(module, compute))
         else:
             reasons[reason] += 1
+    if compute == "fp8":
+        refuse_in_fp8(base, blocks, reasons)
     for reason, count in reasons.items():
         notice(f"{count} decoder layers run unfused, and slower: {reason}")
     base.windowed = any(block.window is not None for block in blocks)
@@ -49,6 +59,17 @@ def fuse(model: nn.Module, notice: Callable[[str], None] = print) -> list[Block]
     fuse_norm(base)
     fuse_head(base)
     return blocks
+
+
+def refuse_in_fp8(base: Any, blocks: list[Block], reasons: Iterable[str]) -> None:
+    """Raise UserError where a layer would run in another way than in FP8: a run is one or the other."""
+    for reason in reasons:
+        raise UserError("fp8-needs-fused", reason=reason)
+    if not blocks:
+        raise UserError("fp8-needs-fused", reason=f"the layers of a {base.config.model_type} model are not fused")
+    for projection in blocks[0].projections:
+        if (odd := misfit(projection)) is not None:
+            raise UserError("fp8-sizes", reason=odd)
 
 
 def attends_by_documents(model: nn.Module) -> bool:
@@ -94,9 +115,9 @@ def why_not(layer: Any, config: Any) -> str | None:
     return None
 
 
-def fuse_layer(layer: Any) -> Block:
+def fuse_layer(layer: Any, compute: Literal["bf16", "fp8"] = "bf16") -> Block:
     """Put a fused forward in front of a decoder layer's own."""
-    block, usual = Block(layer), layer.forward
+    block, usual = Block(layer, compute), layer.forward
     linears = [layer.get_submodule(name) for name in SUBLAYERS]
 
     def forward(

@@ -35,17 +35,20 @@ class Part:
         """A [r, K] and B [N, r] as they are now (parameters, or views of a sharded one), or nothing."""
         return [_weight(module) for module in self.adapter] if self.has_adapter else []
 
-    def weight_into(self, out_NK: Tensor) -> None:
-        """Write the frozen weight, dequantised where it is 4-bit, into `out_NK`."""
+    def frozen(self) -> tuple[Tensor, Packed | None]:
+        """The frozen weight as it stands and, where it is 4-bit, as the kernels take it."""
         if "current_weight" in self.base.__dict__:
             # Not kept: the memory of a gathered weight may live as long as a view of it.
             weight = self.base.current_weight()
-            packed = _packed(weight)
-        else:
-            weight = self.base._parameters["weight"]
-            if self._read[0] is not weight:
-                self._read = (weight, _packed(weight))
-            packed = self._read[1]
+            return weight, _packed(weight)
+        weight = self.base._parameters["weight"]
+        if self._read[0] is not weight:
+            self._read = (weight, _packed(weight))
+        return self._read
+
+    def weight_into(self, out_NK: Tensor) -> None:
+        """Write the frozen weight, dequantised where it is 4-bit, into `out_NK`."""
+        weight, packed = self.frozen()
         if packed is None:
             out_NK.copy_(weight)
         else:
@@ -233,11 +236,12 @@ def product_fp32(a: Tensor, b: Tensor) -> Tensor:
 _SCRATCH: dict[tuple[torch.device, torch.dtype, str], Tensor] = {}
 
 
-def scratch(size: int, like: Tensor, purpose: str = "weight") -> Tensor:
+def scratch(size: int, like: Tensor, purpose: str = "weight", dtype: torch.dtype | None = None) -> Tensor:
     """A flat buffer for one dequantised weight at a time; all layers share it, since one GEMM follows another."""
-    key = (like.device, like.dtype, purpose)
+    dtype = dtype or like.dtype
+    key = (like.device, dtype, purpose)
     if key not in _SCRATCH or _SCRATCH[key].numel() < size:
-        _SCRATCH[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        _SCRATCH[key] = torch.empty(size, dtype=dtype, device=like.device)
     return _SCRATCH[key][:size]
 
 

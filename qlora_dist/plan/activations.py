@@ -10,7 +10,7 @@ Kind = Literal["attention", "gate_up", "weights"]
 KINDS: tuple[Kind, ...] = ("gate_up", "attention", "weights")
 
 # Rates of an H100, which say in what order kinds are worth their memory; a slower GPU divides all of them alike.
-GEMM_FLOPS, ATTENTION_FLOPS, BYTES_PER_SECOND = 7e14, 4.5e14, 2.7e12
+GEMM_FLOPS, FP8_GEMM_FLOPS, ATTENTION_FLOPS, BYTES_PER_SECOND = 7e14, 11e14, 4.5e14, 2.7e12
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,27 @@ class Gain:
     seconds: float
 
 
-def gains(shape: LayerShape, tokens: int, length: int, element_size: int) -> dict[Kind, Gain]:
+def gains(shape: LayerShape, tokens: int, length: int, element_size: int, fp8: bool = False) -> dict[Kind, Gain]:
     """The price and worth of each kind for one layer.
 
     Args:
         tokens: of a micro-batch; `length`: of one of its rows.
         element_size: bytes of an activation.
+        fp8: whether the frozen weights are multiplied in FP8. Kept, there are two of each then, of a byte a weight:
+            the backward wants it turned.
     """
     gate_up = 2 * tokens * shape.intermediate
     attention = tokens * (shape.queries + 2 * shape.keys + shape.queries + shape.hidden)
     projections = 2 * tokens * shape.hidden * (2 * shape.queries + 2 * shape.keys)
     # Causal: each token looks at half of the row, with two products.
     looking = 2 * tokens * length * shape.queries
-    # 4-bit weights are read and written out at `element_size`, in the forward and in the backward.
-    unpacked = 2 * shape.weights * (0.52 + element_size) / BYTES_PER_SECOND
+    # 4-bit weights are read and written out, in the forward and in the backward.
+    unpacked = 2 * shape.weights * (0.52 + (1 if fp8 else element_size)) / BYTES_PER_SECOND
+    gemm_flops = FP8_GEMM_FLOPS if fp8 else GEMM_FLOPS
     return {
-        "gate_up": Gain(gate_up * element_size, 4 * tokens * shape.hidden * shape.intermediate / GEMM_FLOPS),
-        "attention": Gain(attention * element_size, projections / GEMM_FLOPS + looking / ATTENTION_FLOPS),
-        "weights": Gain(shape.weights * element_size, unpacked),
+        "gate_up": Gain(gate_up * element_size, 4 * tokens * shape.hidden * shape.intermediate / gemm_flops),
+        "attention": Gain(attention * element_size, projections / gemm_flops + looking / ATTENTION_FLOPS),
+        "weights": Gain(shape.weights * (2 if fp8 else element_size), unpacked),
     }
 
 

@@ -135,7 +135,8 @@ def _set_activations(
         away = ", their inputs in host memory"
         room = _least(allowed - peak_of(rehearse, strategy, device), device)
     kinds = [kind for kind in KINDS if kind != "weights" or not any(block.sharded for block in blocks)]
-    costs = [gains(block.shape, largest.rows * largest.length, largest.length, element_size) for block in blocks]
+    tokens = largest.rows * largest.length
+    costs = [gains(b.shape, tokens, largest.length, element_size, b.compute == "fp8") for b in blocks]
     for _ in range(ATTEMPTS):
         kept = choose(costs, room, kinds)
         line = _use(blocks, kept) + away

@@ -19,7 +19,7 @@ ADAPTER_IDENTITY = (
     "layers_to_transform",
 )  # fmt: skip
 # What a checkpoint was made with that says nothing of it.
-IDENTITY_BEFORE = {"model.embedding": "bf16", "model.head": "bf16"}
+IDENTITY_BEFORE = {"model.compute": "bf16", "model.embedding": "bf16", "model.head": "bf16"}
 
 
 def run_identity(
@@ -29,6 +29,7 @@ def run_identity(
     return {
         "model.name": base_fingerprint(base_folder),
         "model.quantization": f"{config.model.quantization}, double_quant {config.model.double_quant}",
+        "model.compute": config.model.compute,
         # What is in host memory is the same weight.
         **{
             f"model.{name}": "bf16" if kind == "host" else kind

@@ -33,6 +33,7 @@ from qlora_dist.model.adapter import (
 )  # fmt: skip
 from qlora_dist.model.base import compute_dtype, load_base, load_tokenizer
 from qlora_dist.model.block import Block
+from qlora_dist.model.fp8 import check_fp8
 from qlora_dist.model.fused import fuse
 from qlora_dist.model.gguf import rounding_note
 from qlora_dist.model.resolve import resolve_base
@@ -123,6 +124,7 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
             describe_data(note, tokenizer, train_table, eval_table, config, total_steps, worker.world_size)
 
         dtype = compute_dtype(config.model, worker.device)
+        check_fp8(config.model, worker.device, dtype)
         base = load_base(config.model, folder, worker.device, config.adapter, placement)
     if placement.reason is not None:
         note("notice", placement.reason)
@@ -134,7 +136,7 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
         enable({"use_reentrant": False})
     blocks: list[Block] = []
     if config.model.fused == "always" or (config.model.fused == "auto" and worker.device.type == "cuda"):
-        blocks = fuse(adapted, partial(note, "notice"))
+        blocks = fuse(adapted, partial(note, "notice"), config.model.compute)
     describe_model(note, adapted, config, dtype, folder)
     if config.activations == "offload":
         if worker.device.type == "cpu":
@@ -269,7 +271,8 @@ def finish(loop: Loop, worker: Worker, tokenizer: Any, generation: int) -> None:
     adapter = loop.strategy.full_adapter()
     if worker.rank == 0:
         refuse_if_fenced(loop.heartbeat)
-        write_adapter(adapter, loop.adapter_config_json, worker.run_dir / "adapter")
+        notes = {"compute": config.model.compute}
+        write_adapter(adapter, loop.adapter_config_json, worker.run_dir / "adapter", notes)
     samples: list[dict[str, str]] = []
     if loop.eval_table is not None and config.eval.sample_prompts:
         documents = range(min(config.eval.sample_prompts, loop.eval_table.num_documents))
@@ -396,7 +399,8 @@ def describe_model(note: Any, model: nn.Module, config: RunConfig, dtype: torch.
     note(
         "model",
         f"{config.model.name}: {total - trainable:,} frozen parameters ({base}), {trainable:,} trained "
-        f"({100 * trainable / total:.2f} %), compute in {str(dtype).removeprefix('torch.')}",
+        f"({100 * trainable / total:.2f} %), compute in {str(dtype).removeprefix('torch.')}"
+        + (", the frozen layers' GEMMs in FP8" if config.model.compute == "fp8" else ""),
     )
     if (rounded := rounding_note(folder)) is not None:
         note("notice", rounded)

@@ -150,6 +150,16 @@ GGUF: dict[str, Mendable] = {
 
 LOADING: dict[str, Mendable] = {
     "no-bf16": Mendable("model.compute_dtype: {device} has no bf16", "set it to auto or fp16"),
+    "fp8-needs-fused": Mendable(
+        "model.compute: fp8 needs fused layers ({reason})", "set model.compute=bf16, or change that"
+    ),
+    "fp8-not-on-device": Mendable(
+        "model.compute: {device} has no FP8, which GPUs have from compute capability 8.9 on", "set it to bf16"
+    ),
+    "fp8-compute-dtype": Mendable(
+        "model.compute: fp8 gives bf16, and model.compute_dtype is {dtype}", "set model.compute_dtype=bf16"
+    ),
+    "fp8-sizes": Mendable("model.compute: fp8 is not for this model ({reason})", "set it to bf16"),
     "no-flash-attention": Mendable(
         "model.attn_implementation: flash_attention_2 needs a CUDA GPU and the flash-attn package", "set it to sdpa"
     ),

@@ -128,8 +128,9 @@ def _set_activations(
     limit = memory_limit(device)
     allowed = limit * (1 - MARGIN_SHARE) - MARGIN_BYTES
     away = ""
-    room = _least(allowed - _peak_or_more(rehearse, strategy, device), device)
-    if room < 0:
+    lean = _peak_or_more(rehearse, strategy, device)
+    room = _least(allowed - lean, device)
+    if _least(limit - lean, device) < 0:
         # Layers' inputs go to the host and come back while others compute.
         offload_activations(model)
         away = ", their inputs in host memory"

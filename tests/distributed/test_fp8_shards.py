@@ -1,7 +1,8 @@
 """FP8 over shards: the scales of a weight that is gathered for each use are those of the whole weight.
 
 Tolerance: tokens are rounded by themselves, whatever micro-batch they are in; but where sums of another order move a
-number across the border between two of e4m3's, it moves by a sixteenth: 1e-5 in loss and 3e-4 in gradient norm are seen. FP8 itself costs ten times that here.
+number across the border between two of e4m3's, it moves by a sixteenth: 1e-5 in loss and 3e-4 in gradient norm are
+seen. FP8 itself costs ten times that here.
 """
 
 from pathlib import Path

@@ -66,6 +66,8 @@ class Block:
         # Mistral's attention reads it from the config; Qwen's has its own, None in layers that look everywhere.
         config_window = getattr(attention.config, "sliding_window", None) if "Mistral" in type(layer).__name__ else None
         self.window: int | None = getattr(attention, "sliding_window", config_window)
+        # Some of SmolLM3's layers see no positions.
+        self.rotates: bool = bool(getattr(attention, "use_rope", True))
         self.plan = KEEP_ALL
 
     def set_plan(self, plan: Plan) -> None:
@@ -273,8 +275,9 @@ def attend(
     if block.normed_heads:
         raw_MN, y_MN = y_MN, torch.empty_like(y_MN)
         head_rstd = normed_heads(block, raw_MN, y_MN)
-    both = y_MN[:, : block.q_width + block.kv_width].unflatten(1, (-1, block.head_dim))
-    rotate_(both, *angles(block, inputs))
+    turns = angles(block, inputs)
+    if turns is not None:
+        rotate_(y_MN[:, : block.q_width + block.kv_width].unflatten(1, (-1, block.head_dim)), *turns)
     batch, time = shape[0], shape[1]
     q, k, v = (
         part.unflatten(1, (-1, block.head_dim)).unflatten(0, (batch, time)).transpose(1, 2).detach().requires_grad_()
@@ -320,8 +323,10 @@ def attention_backward(block: Block, inputs: dict[str, Any], kept: Attended, da_
     return dqkv_MW
 
 
-def angles(block: Block, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """cos and sin of RoPE, [T or B * T, D]."""
+def angles(block: Block, inputs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """cos and sin of RoPE, [T or B * T, D]; None in a layer without it."""
+    if not block.rotates:
+        return None
     return inputs["cos"].reshape(-1, block.head_dim), inputs["sin"].reshape(-1, block.head_dim)
 
 

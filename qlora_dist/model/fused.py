@@ -17,7 +17,8 @@ from qlora_dist.model.fp8 import misfit
 from qlora_dist.model.norm import fuse_norm
 
 # Decoder layers that are Llama's but for what `Block` knows of: biases, normed heads, sliding windows.
-LAYER_CLASSES = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
+LAYER_CLASSES = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer",
+                           "SmolLM3DecoderLayer"})  # fmt: skip
 SUBLAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
              "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 

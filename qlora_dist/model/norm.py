@@ -10,7 +10,7 @@ from qlora_dist.kernels.rmsnorm import rms_norm, rms_norm_backward
 from qlora_dist.model.projection import current, statistics_dtype
 
 # All of them compute weight * x / rms(x), with the square root in fp32.
-NORM_CLASSES = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
+NORM_CLASSES = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "SmolLM3RMSNorm"})
 
 
 class _RMSNorm(torch.autograd.Function):

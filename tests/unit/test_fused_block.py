@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM as Auto
-from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_dist.model.block import KEEP_ALL, RECOMPUTE_ALL, Plan
@@ -34,6 +34,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "mistral with a window": lambda: MistralConfig(**SIZES, sliding_window=5),
     "qwen2": lambda: Qwen2Config(**SIZES),
     "qwen3": lambda: Qwen3Config(**SIZES),
+    "smollm3": lambda: SmolLM3Config(**SIZES, no_rope_layers=[1, 0], pad_token_id=0),
 }
 PLANS = {"keep": KEEP_ALL, "recompute": RECOMPUTE_ALL, "gate and up again": Plan(gate_up=False),
          "attention again": Plan(attention=False), "weights kept": Plan(weights=True),

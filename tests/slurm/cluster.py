@@ -1,0 +1,195 @@
+"""A Slurm of the test suite's own on this host: munged, slurmctld and two slurmd, each on a port of its own.
+
+A system's Slurm is left alone: configuration, key, sockets, ports and spool are all in one folder that goes with it.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.cluster.faults import REPOSITORY, wait_until
+
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol", "squeue", "srun", "scancel")
+GPUS_PER_NODE = 8
+CONFIGURATION = """
+ClusterName=qlora-test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ctld}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CryptoType=crypto/munge
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,requeue_delay=0
+SlurmdParameters=config_overrides
+MpiDefault=none
+SwitchType=switch/none
+ReturnToService=2
+SlurmdTimeout=10
+KillWait=5
+MinJobAge=300
+OverTimeLimit=0
+GresTypes=gpu
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=8 RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=8 RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE OverSubscribe=NO State=UP
+"""
+# After a requeue Slurm holds a job back for two minutes by its begin time; a test need not.
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
+
+
+def slurm_works() -> bool:
+    """Whether Slurm and munge are installed and this is root, whom their daemons want."""
+    return os.geteuid() == 0 and all(shutil.which(name, path=_path()) for name in PROGRAMS)
+
+
+class Slurm:
+    """Two nodes, n1 and n2, of 8 CPUs and 8 plain files that pass for GPUs each.
+
+    Args:
+        folder: short, since sockets lie in it.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "RAY_"))},
+            "SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path(), "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(REPOSITORY),
+        }  # fmt: skip
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        for name in ("state", "spool-n1", "spool-n2", "gpus"):
+            (folder / name).mkdir()
+        for number in range(GPUS_PER_NODE):
+            (folder / "gpus" / str(number)).touch()
+        host = socket.gethostname().partition(".")[0]
+        ports = dict(zip(("ctld", "first", "second"), _free_ports(3), strict=True))
+        conf = CONFIGURATION.format(folder=folder, host=host, gpus=GPUS_PER_NODE, **ports)
+        (folder / "slurm.conf").write_text(conf)
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpus/[0-{GPUS_PER_NODE - 1}]\n")
+        key = folder / "munge.key"
+        key.write_bytes(secrets.token_bytes(64))
+        key.chmod(0o400)
+
+    def start(self) -> None:
+        """Start the daemons, and wait until both nodes are idle."""
+        munge = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munge.pid", "seed-file": "munge.seed"}
+        files = [f"--{option}={self.folder / file}" for option, file in munge.items()]
+        self._start("munged", "munged", "--foreground", "--force", f"--log-file={self.folder}/munge.log", *files)
+        wait_until((self.folder / "munge.socket").exists, 20)
+        self._start("slurmctld", "slurmctld", "-D")
+        self.start_node("n1")
+        self.start_node("n2")
+        wait_until(lambda: self.command("sinfo", "-h", "-o", "%D %t", check=False) == "2 idle", 60)
+
+    def start_node(self, name: str) -> None:
+        """Start a node's slurmd."""
+        self._start(name, "slurmd", "-D", "-N", name)
+
+    def kill_node(self, name: str) -> None:
+        """SIGKILL a node's slurmd and everything that it started."""
+        self._kill(self.daemons.pop(name))
+
+    def close(self) -> None:
+        """End jobs and daemons; whatever is left of them is killed."""
+        if "slurmctld" in self.daemons:
+            self.command("scancel", "--full", "--state=RUNNING", check=False)
+            self.command("scancel", "--state=PENDING", check=False)
+        left = self.processes()
+        for name in ("n1", "n2", "slurmctld", "munged"):
+            if name in self.daemons:
+                self._kill(self.daemons[name])
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def processes(self, job: str | None = None) -> list[psutil.Process]:
+        """What runs of this Slurm's jobs, or of one: they have SLURM_CONF, and SLURM_JOB_ID, in their environment."""
+        return [process for process in psutil.process_iter() if self._belongs(process, job)]
+
+    def _belongs(self, process: psutil.Process, job: str | None) -> bool:
+        try:
+            if process.status() == psutil.STATUS_ZOMBIE or process.pid == os.getpid():
+                return False
+            variables = process.environ()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            return False
+        ours = variables.get("SLURM_CONF") == self.environment["SLURM_CONF"] and "SLURM_JOB_ID" in variables
+        return ours and (job is None or variables["SLURM_JOB_ID"] == job)
+
+    def command(self, *words: str, check: bool = True, env: Mapping[str, str] | None = None) -> str:
+        """The stdout of one of Slurm's commands."""
+        done = subprocess.run(
+            words, env={**self.environment, **(env or {})}, cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0 or not check, f"{' '.join(words)}: {done.stderr}{done.stdout}"
+        return done.stdout.strip()
+
+    def submit(self, *words: str, **variables: str) -> str:
+        """`sbatch WORDS` from the repository's root; the job's number."""
+        return self.command("sbatch", "--parsable", *words, env=variables)
+
+    def job(self, job: str) -> dict[str, str]:
+        """What `scontrol show job` says."""
+        shown = self.command("scontrol", "show", "job", "-o", job)
+        return dict(pair.partition("=")[::2] for pair in shown.split(" ") if "=" in pair)
+
+    def wait(self, job: str, timeout_s: float = 180) -> dict[str, str]:
+        """Wait for a job's end, through requeues; what Slurm says of it then."""
+        deadline = time.monotonic() + timeout_s
+        while (found := self.job(job))["JobState"] not in ENDED:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"job {job} is still {found['JobState']} ({found.get('Reason')})")
+            if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
+                self.command("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+            time.sleep(0.3)
+        return found
+
+    def _start(self, key: str, *words: str) -> None:
+        log = (self.folder / f"{key}.out").open("w")
+        self.daemons[key] = subprocess.Popen(
+            words, env=self.environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+        )
+
+    def _kill(self, daemon: subprocess.Popen[bytes]) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            below = psutil.Process(daemon.pid).children(recursive=True)
+            for process in below:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGKILL)
+        daemon.kill()
+        daemon.wait()
+
+
+def _path() -> str:
+    return os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets: list[Any] = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports

@@ -1,0 +1,185 @@
+"""slurm/qlora70b.sh itself on a real Slurm of two nodes: the tiny model in place of its own, a CPU worker on each node.
+
+Losses are compared exactly where the number of workers is the same: a resumed run repeats the uninterrupted one.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from qlora_dist.checkpoint.manifest import list_checkpoints, verify
+from qlora_dist.config.schema import RunConfig
+from qlora_dist.coordinate.report import read_status
+from qlora_dist.track.metrics import read_metrics
+from tests.distributed.group import series
+from tests.single import small_config
+from tests.slurm.cluster import Slurm
+
+LAUNCHERS = ["torchrun", "ray"]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+class Submitted:
+    """A job, its run folder and its logs."""
+
+    def __init__(self, slurm: Slurm, folder: Path, model: Path, launcher: str, steps: int, *words: str):
+        self.slurm, self.folder = slurm, folder
+        folder.mkdir(exist_ok=True)
+        self.config = config(folder / "run", model, steps)
+        path = folder / "config.yaml"
+        path.write_text(yaml.safe_dump(self.config.model_dump(mode="json", exclude_unset=True)))
+        variables = {
+            "LAUNCHER": launcher, "WORKERS_PER_NODE": "1", "QLORA_DIST_LOGS": str(folder / "logs"),
+            "QLORA_DIST_SCRATCH": str(slurm.folder), "RAY_OBJECT_STORE_BYTES": "80000000",
+        }  # fmt: skip
+        self.id = slurm.submit(
+            "--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1", f"--output={folder}/out.txt",
+            "slurm/qlora70b.sh", str(path), *words, **variables,
+        )  # fmt: skip
+
+    @property
+    def output(self) -> str:
+        return "".join(file.read_text() for file in [self.folder / "out.txt", *self.folder.glob("logs/*/*/ray.log")])
+
+    def wait(self) -> dict[str, str]:
+        """The job's end, and what it said where the test fails."""
+        try:
+            return self.slurm.wait(self.id)
+        finally:
+            print(self.output)
+
+    def until(self, true: Callable[[], bool], timeout_s: float = 150) -> None:
+        """Wait while the job lives."""
+        deadline = time.monotonic() + timeout_s
+        while not true():
+            state = self.slurm.job(self.id)["JobState"]
+            if time.monotonic() > deadline or state not in ("PENDING", "RUNNING", "COMPLETING"):
+                raise AssertionError(f"job {self.id} is {state}: {self.output}")
+            time.sleep(0.1)
+
+    def step(self) -> int:
+        """The newest step of metrics.jsonl."""
+        return max((r["step"] for r in read_metrics(self.config.run_dir)), default=0)
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        lines = (self.config.run_dir / "events.jsonl").read_text().splitlines()
+        return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+    def left(self) -> list[psutil.Process]:
+        """The job's processes that still run, after a moment to leave."""
+        deadline = time.monotonic() + 15
+        while (found := self.slurm.processes(self.id)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return found
+
+
+def config(run_dir: Path, model: Path, steps: int) -> RunConfig:
+    """A constant learning rate: the first steps are the same however many follow."""
+    return small_config(
+        run_dir, model,
+        data={"max_rows": 60},
+        train={"max_steps": steps, "global_batch_size": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant"},
+        checkpoint={"save_steps": 100000},
+        launch={"backend": "ray", "device": "cpu"},
+        track={"tensorboard": False, "report": False},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(slurm: Slurm, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Submitted]:
+    job = Submitted(slurm, tmp_path_factory.mktemp("whole"), tiny_model, "torchrun", 200)
+    assert job.wait()["JobState"] == "COMPLETED"
+    yield job
+
+
+def test_success_by_torchrun(uninterrupted: Submitted) -> None:
+    assert uninterrupted.slurm.job(uninterrupted.id)["ExitCode"] == "0:0"
+    check_success(uninterrupted)
+
+
+def test_success_by_ray(slurm: Slurm, tiny_model: Path, tmp_path: Path) -> None:
+    job = Submitted(slurm, tmp_path, tiny_model, "ray", 6)
+    assert job.wait()["JobState"] == "COMPLETED"
+    check_success(job)
+
+
+def check_success(job: Submitted) -> None:
+    assert read_status(job.config.run_dir)["state"] == "finished"
+    assert (job.config.run_dir / "adapter" / "adapter_model.safetensors").exists()
+    assert [len(event["members"]) for event in job.events("generation")] == [2]
+    assert not job.left()
+    assert not list(job.slurm.folder.glob("qd-*")), "temporary folders are left"
+    assert not list(job.folder.glob("logs/*/*/ray-token")), "the token is left"
+    assert [path.name for path in job.folder.glob("logs/*/*")] == ["attempt-1"]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_failing_run_fails_the_job(slurm: Slurm, tiny_model: Path, tmp_path: Path, launcher: str) -> None:
+    """What a person can mend is exit code 2, as of `qlora-dist train` itself."""
+    job = Submitted(slurm, tmp_path, tiny_model, launcher, 6, "data.train=missing.jsonl")
+    found = job.wait()
+    assert (found["JobState"], found["ExitCode"]) == ("FAILED", "2:0")
+    assert "missing.jsonl" in job.output
+    assert not job.left()
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_cancelled_job_leaves_nothing(slurm: Slurm, tiny_model: Path, tmp_path: Path, launcher: str) -> None:
+    job = Submitted(slurm, tmp_path, tiny_model, launcher, 100000)
+    job.until(lambda: job.step() > 5)
+    slurm.command("scancel", job.id)
+    assert job.wait()["JobState"] == "CANCELLED"
+    assert not job.left()
+    assert not list(slurm.folder.glob("qd-*"))
+    assert slurm.job(job.id)["Restarts"] == "0"
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_notice_checkpoint_requeue_resume(
+    slurm: Slurm, tiny_model: Path, tmp_path: Path, launcher: str, uninterrupted: Submitted
+) -> None:
+    """SIGUSR1 as Slurm sends it before the time limit or a preemption, twice; there is no other checkpoint."""
+    job = Submitted(slurm, tmp_path, tiny_model, launcher, 200)
+    job.until(lambda: job.step() > 20)
+    for _ in range(2):
+        slurm.command("scancel", "--batch", "--signal=USR1", job.id)
+    found = job.wait()
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1")
+    (resumed,) = job.events("resumed")
+    assert 20 < resumed["step"] < 200
+    assert series(job.config.run_dir, "loss") == series(uninterrupted.config.run_dir, "loss")
+    assert sorted(path.name for path in job.folder.glob("logs/*/*")) == ["attempt-1", "attempt-2"]
+    assert not [problem for one in list_checkpoints(job.config.run_dir) for problem in verify(one.path)]
+    assert not job.left()
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_jobs_on_the_same_nodes(slurm: Slurm, tiny_model: Path, tmp_path: Path, launcher: str) -> None:
+    """One is cancelled while the other runs on; secrets are in no command line."""
+    short = Submitted(slurm, tmp_path / "short", tiny_model, launcher, 100000)
+    long = Submitted(slurm, tmp_path / "long", tiny_model, launcher, 100000)
+    short.until(lambda: short.step() > 5 and long.step() > 5, 240)
+    assert slurm.job(short.id)["NodeList"] == slurm.job(long.id)["NodeList"]
+    if launcher == "ray":
+        tokens = [path.read_text() for path in tmp_path.glob("*/logs/*/*/ray-token")]
+        assert len(set(tokens)) == 2
+        assert all(os.stat(path).st_mode & 0o77 == 0 for path in tmp_path.glob("*/logs/*/*/ray-token"))
+        lines = [" ".join(process.cmdline()) for process in slurm.processes()]
+        assert lines
+        assert not [line for line in lines for token in tokens if token in line]
+        assert not [token for token in tokens if token in short.output + long.output]
+    slurm.command("scancel", short.id)
+    assert slurm.wait(short.id)["JobState"] == "CANCELLED"
+    assert not short.left()
+    until = long.step() + 20
+    long.until(lambda: long.step() > until)
+    assert len(long.events("generation")) == 1, "the end of the other job disturbed this one"
+    slurm.command("scancel", long.id)
+    assert slurm.wait(long.id)["JobState"] == "CANCELLED"

@@ -4,6 +4,8 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,15 +106,65 @@ def config_schema() -> None:
 def status(
     run: Annotated[Path, typer.Argument(help="The run folder.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+    live: Annotated[bool, typer.Option("--watch", help="Again every second, until the run is over.")] = False,
 ) -> None:
     """Show how a run stands, from its run folder."""
     from qlora_dist.coordinate.report import read_status
 
+    if live and not as_json:
+        from qlora_dist.track.terminal_status import watch
+
+        with interruptible():
+            watch(run, Console())
+        return
     state = read_status(run)
     if as_json:
         print(json.dumps(state, indent=2))
         return
     show_status(state, Console())
+
+
+@app.command()
+def logs(
+    run: Annotated[Path, typer.Argument(help="The run folder.", show_default=False)],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run is over.")] = False,
+) -> None:
+    """Print what has happened in a run: attempts, checkpoints, failures, restarts, evaluations."""
+    from qlora_dist.track.terminal_log import show_log
+
+    with interruptible():
+        show_log(run, Console(highlight=False), follow)
+
+
+@app.command()
+def stop(
+    run: Annotated[Path, typer.Argument(help="The run folder.", show_default=False)],
+    reason: Annotated[str, typer.Option(help="Kept in the event log.")] = "a person asked",
+    wait: Annotated[bool, typer.Option(help="Wait until the run is over.")] = True,
+) -> None:
+    """Stop a run gracefully: a checkpoint at the next step boundary, then its end; `train` goes on from there."""
+    from qlora_dist.coordinate.stop import ask_to_stop, until_over
+
+    before = ask_to_stop(run, reason)
+    print(f"asked run {before['run_id']} to stop; it makes a checkpoint at the next step boundary first", flush=True)
+    if not wait:
+        return
+    with interruptible():
+        *_, state = until_over(run)
+    last = state["last_checkpoint"]
+    print(f"{state['sentence']}; last checkpoint: {last['folder'] if last else 'none'}")
+    if state["state"] not in ("stopped", "finished"):
+        raise typer.Exit(1)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends the looking, not the run, and is no failure."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        raise typer.Exit from None
 
 
 def show_status(state: dict[str, Any], console: Console) -> None:

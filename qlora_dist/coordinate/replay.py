@@ -96,7 +96,7 @@ class Run:
                     self.resizes.append(done | {"reason": self.resize["reason"]})
                 self.resize = self.held = None
                 self.failures = []
-                self.stop = None
+                # A stop that was asked for while workers started (again) still holds.
                 self.finished = None
             case "committed":
                 self.committed[event["folder"]] = event

@@ -15,6 +15,16 @@ TRACKING: dict[str, Mendable] = {
         "{file}, line {line} is damaged",
         "remove that line, then run the same command again",
     ),
+    "run-is-over": Mendable(
+        "the run in {run_dir} is {state} already, its last checkpoint: {checkpoint}",
+        "there is nothing to stop; `qlora-dist train` with its config goes on from there",
+    ),
+    "run-not-heard-of": Mendable(
+        "the run in {run_dir} has not been heard of for {seconds:.0f} s, so nobody would act on a stop, its last "
+        "checkpoint: {checkpoint}",
+        "end what is left of its processes by their launcher (scancel, ray job stop, kill), then run the same command "
+        "again to go on",
+    ),
     "report-not-writable": Mendable(
         "the report cannot be written ({error})",
         "give another place with -o",

@@ -1,5 +1,6 @@
 """`qlora-dist status --watch`: how a run stands, drawn again every second, from the run folder alone."""
 
+import itertools
 import statistics
 import time
 from collections import Counter, deque
@@ -286,7 +287,7 @@ def spark(values: Sequence[float], width: int) -> str:
     """A curve in one line of at most `width` characters, each the mean of its part."""
     width = max(1, min(width, len(values)))
     cuts = [round(part * len(values) / width) for part in range(width + 1)]
-    means = [statistics.fmean(values[low:high]) for low, high in zip(cuts, cuts[1:], strict=False)]
+    means = [statistics.fmean(values[low:high]) for low, high in itertools.pairwise(cuts)]
     low, high = min(means), max(means)
     scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
     return "".join(SPARKS[round((mean - low) * scale)] for mean in means)

@@ -133,7 +133,7 @@ def test_64_ranks_fit_the_terminal_and_those_that_stand_out_are_named(width: int
         assert "…" not in row
         if width == 200:
             assert len(row.split("1 s" if node != 5 else "42 s")[1].split()) == 8, "one speed a rank"
-    outstanding = rows[rows.index([row for row in rows if row.startswith("ranks that stand out")][0]) + 2 :]
+    outstanding = rows[rows.index(next(row for row in rows if row.startswith("ranks that stand out"))) + 2 :]
     assert [row.split()[0] for row in outstanding] == ["17", "40"]
     assert any("2 h 44 min left" in row for row in rows)
     assert any("rank 12 died of SIGKILL" in row for row in rows)

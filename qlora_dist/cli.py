@@ -19,11 +19,13 @@ from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import load_config, to_yaml, with_absolute_paths
 from qlora_dist.config.redact import redact
 from qlora_dist.config.schema import RunConfig
+from qlora_dist.submit_cli import app as submit_app
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Distributed QLoRA fine-tuning.")
 config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
 app.add_typer(config_app, name="config")
 app.add_typer(bench_app, name="bench")
+app.add_typer(submit_app, name="submit")
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)]
 Overrides = Annotated[

@@ -148,6 +148,19 @@ run_train() {
     finish_up "$code"
 }
 
+# run_bench [OPTIONS]: `qlora-dist bench throughput` over the allocation, its results beside the job's logs.
+run_bench() {
+    LAUNCHER=ray
+    prepare
+    start_ray
+    "${RUN[@]}" qlora_dist.cli bench throughput --scratch "$LOGS/scratch" --out "$LOGS/bench-throughput.json" \
+        --set launch.backend=ray --set "launch.address=$RAY_ADDRESS" --set "launch.num_workers=$WORLD_SIZE_WANTED" \
+        "$@" &
+    PIDS+=("$!")
+    await "$!"
+    exit
+}
+
 # End with an exit code, or give the job back to the queue where it was stopped before it was done.
 finish_up() {
     local code=$1 how

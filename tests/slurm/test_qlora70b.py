@@ -6,7 +6,7 @@ Losses are compared exactly where the number of workers is the same: a resumed r
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,10 @@ def config(run_dir: Path, model: Path, steps: int) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(slurm: Slurm, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Submitted]:
+def uninterrupted(slurm: Slurm, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Submitted:
     job = Submitted(slurm, tmp_path_factory.mktemp("whole"), tiny_model, "torchrun", 200)
     assert job.wait()["JobState"] == "COMPLETED"
-    yield job
+    return job
 
 
 def test_success_by_torchrun(uninterrupted: Submitted) -> None:

@@ -90,4 +90,25 @@ LAUNCHING: dict[str, Mendable] = {
         "the coordinator at {url} refuses the token",
         "give the one that it was started with",
     ),
+    "sbatch-not-found": Mendable(
+        "there is no sbatch on this host",
+        "run the command on a login node of a Slurm cluster, or print the script with --print and submit it there",
+    ),
+    "sbatch-refused": Mendable(
+        "sbatch did not take the job ({error})",
+        "give what your cluster wants in SBATCH_PARTITION, SBATCH_ACCOUNT and the like, or other --nodes, "
+        "--gpus-per-node and --time",
+    ),
+    "slurm-uneven": Mendable(
+        "launch.num_workers={workers} is not {nodes} node(s) of {per_node} worker(s)",
+        "give both --nodes and --gpus-per-node, or a launch.num_workers that is a multiple",
+    ),
+    "slurm-secret": Mendable(
+        "the override of {field} holds a secret, which others could read in the batch script",
+        "put it into the environment of the job, or into a file that only you can read",
+    ),
+    "slurm-no-scripts": Mendable(
+        "slurm/common.sh is not in {folder}: qlora-dist is installed without its repository",
+        "install it with `pip install -e` from a clone on storage that all nodes share",
+    ),
 }

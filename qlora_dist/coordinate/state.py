@@ -353,7 +353,8 @@ class Coordinator:
             if failure is not None and failure["failure"] == "user":
                 restart, reason = False, failure["message"]
             elif failure is not None and failure["failure"] == "memory":
-                restart, reason = run.out_of_memory <= MOST_LEANER, failure["message"]
+                # They have a limit of their own.
+                restart, reason, counted = run.out_of_memory <= MOST_LEANER, failure["message"], False
             elif same:
                 where = "before the first step" if step is None else f"at step {step}"
                 restart, reason = False, f"the same failure happened twice {where}: {message}"

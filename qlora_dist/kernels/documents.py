@@ -3,6 +3,8 @@
 B lines  T tokens a line  D documents  E head size
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
@@ -21,7 +23,7 @@ def documents_attention(
         window: a token sees itself and so many before it, less one; all where None.
     """
     batch, _, time, size = q_BhTE.shape
-    if not q_BhTE.is_cuda or q_BhTE.dtype not in (torch.bfloat16, torch.float16):
+    if not has_flash(q_BhTE.device) or q_BhTE.dtype not in (torch.bfloat16, torch.float16):
         mask_B1TT = _mask(borders_D1, batch, time, window)
         grouped = q_BhTE.shape[1] != k_BhTE.shape[1]
         return functional.scaled_dot_product_attention(
@@ -34,6 +36,12 @@ def documents_attention(
         window_size_left=None if window is None else window - 1, window_size_right=None if window is None else 0,
     )[0]  # fmt: skip
     return out.view(batch, time, -1, size).transpose(1, 2)
+
+
+@cache
+def has_flash(device: torch.device) -> bool:
+    """Whether FlashAttention's kernels run there: on GPUs from Ampere on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _mask(borders_D1: Tensor, batch: int, time: int, window: int | None) -> Tensor:

@@ -84,7 +84,7 @@ class Block:
     @property
     def shape(self) -> LayerShape:
         """Its sizes."""
-        return LayerShape(self.qkv.K, self.down.K, self.q_width, self.kv_width)
+        return LayerShape(self.qkv.K, self.down.K, self.q_width, self.kv_width, self.normed_heads)
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -133,7 +133,6 @@ class _BlockFunction(torch.autograd.Function):
         y_BTH = torch.empty_like(x_BTH)
         block.down.forward(h_MW, down_f, residual_MN=x1_MH, out_MN=y_BTH.view(x_MH.shape))
         ctx.block, ctx.inputs, ctx.shape = block, inputs, x_BTH.shape
-        ctx.plan = plan
         ctx.save_for_backward(x_BTH, *factors)
         ctx.attended = kept if plan.attention else None
         ctx.x1 = x1_MH if plan.attention else None

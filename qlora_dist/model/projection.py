@@ -100,12 +100,13 @@ class Projection:
         """A buffer [outputs, inputs] with room for the factors beside or below the weight; whether it holds that."""
         if not self._keeps:
             return scratch(outputs * inputs, like).view(outputs, inputs), False
-        ready = self._kept is not None and self._kept.dtype == like.dtype
-        if not ready:
+        if self._kept is None or self._kept.dtype != like.dtype:
             padded = self.padded_rank(like.device)
-            self._kept = like.new_empty(self.N + padded, self.K + padded)
-        assert self._kept is not None
-        return self._kept[:outputs, :inputs], ready
+            kept = like.new_empty(self.N + padded, self.K + padded)
+            self._dequantize(kept)
+            # Only now: whoever is interrupted before must not find it.
+            self._kept = kept
+        return self._kept[:outputs, :inputs], True
 
     def padded_rank(self, device: torch.device) -> int:
         """P: tensor cores want multiples; a CPU does not."""

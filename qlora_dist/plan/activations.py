@@ -15,12 +15,13 @@ GEMM_FLOPS, FP8_GEMM_FLOPS, ATTENTION_FLOPS, BYTES_PER_SECOND = 7e14, 11e14, 4.5
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A decoder layer's sizes, in elements: hidden, intermediate, all query heads, all key heads."""
+    """A decoder layer: its sizes in elements (queries and keys: all heads), and whether it norms each head."""
 
     hidden: int
     intermediate: int
     queries: int
     keys: int
+    normed: bool = False
 
     @property
     def weights(self) -> int:
@@ -47,7 +48,11 @@ def gains(shape: LayerShape, tokens: int, length: int, element_size: int, fp8: b
             the backward wants it turned.
     """
     gate_up = 2 * tokens * shape.intermediate
-    attention = tokens * (shape.queries + 2 * shape.keys + shape.queries + shape.hidden)
+    heads = shape.queries + 2 * shape.keys
+    attention = tokens * (heads + shape.queries + shape.hidden)
+    if shape.normed:
+        # The backward of a norm over each head needs what came before it.
+        attention += tokens * heads
     projections = 2 * tokens * shape.hidden * (2 * shape.queries + 2 * shape.keys)
     # Causal: each token looks at half of the row, with two products.
     looking = 2 * tokens * length * shape.queries

@@ -82,6 +82,6 @@ class DataParallel(Unsharded):
             bucket.start()
         self.next_bucket = len(self.buckets)
         for bucket in self.buckets:
-            assert bucket.work is not None
-            bucket.work.wait()
+            if bucket.work is not None:
+                bucket.work.wait()
         return super().clip(max_norm, loss_scale)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qlora_dist.config.schema import RunConfig
+from qlora_dist.coordinate.state import MOST_LEANER
 from qlora_dist.data.collate import MicroBatch
 from qlora_dist.data.table import TokenTable
 from qlora_dist.model.block import RECOMPUTE_ALL, Block, Plan
@@ -75,88 +76,117 @@ def rehearsal_batch(size: Largest, pad_token_id: int, device: torch.device) -> M
     ).to(device)
 
 
+@dataclass(frozen=True)
+class Rehearsal:
+    """A step of the run's largest size, without its update.
+
+    run: forwards and backwards, as many as make a difference to memory. element_size: bytes of an activation.
+    alone: whether this is the only worker, whose strategy can go on after an out-of-memory error.
+    """
+
+    run: Callable[[], Tensor]
+    strategy: Strategy
+    device: torch.device
+    largest: Largest
+    element_size: int
+    alone: bool
+
+    def peak(self) -> int:
+        """The most bytes allocated while it runs; its gradients are thrown away."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.run()
+        throw_away_gradients(self.strategy)
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
+    def peak_or_more(self, blocks: Sequence[Block]) -> float:
+        """As `peak`; infinity where a single worker has less.
+
+        Raises:
+            OutOfRoom: among several, where the layers keep something that a leaner plan gives up.
+            torch.OutOfMemoryError: where they keep nothing.
+        """
+        try:
+            return self.peak()
+        except torch.OutOfMemoryError as error:
+            failure = str(error)
+        # Only here has the error's traceback let go of its tensors. Other ranks stand in a collective by now.
+        if not self.alone:
+            raise (OutOfRoom if keeping(blocks) else torch.OutOfMemoryError)(failure)
+        throw_away_gradients(self.strategy)
+        return float("inf")
+
+
+def can_go_on(config: RunConfig, world_size: int) -> bool:
+    """Whether a step that ran out of memory can be tried again in the same process.
+
+    Sharded strategies are left in the middle of gathering and reducing, and other ranks in a collective.
+    """
+    return world_size == 1 and config.strategy in ("none", "ddp")
+
+
+def throw_away_gradients(strategy: Strategy) -> None:
+    """Finish what a backward began, and leave its step out."""
+    strategy.clip(0.0, 1.0)
+    strategy.step(True)
+
+
 def set_activations(
-    config: RunConfig,
-    model: nn.Module,
-    blocks: Sequence[Block],
-    strategy: Strategy,
-    rehearse: Callable[[], Tensor],
-    device: torch.device,
-    largest: Largest,
-    element_size: int,
-    leaner: int = 0,
+    config: RunConfig, model: nn.Module, blocks: Sequence[Block], rehearsal: Rehearsal, leaner: int = 0
 ) -> str | None:
     """Set the plan of all fused layers as `train.activations` says, and say it in one line; None where none is fused.
 
     All ranks call it together, and agree.
 
     Args:
-        rehearse: a forward and a backward of the largest micro-batch.
-        element_size: bytes of an activation.
-        leaner: how often the run met an out-of-memory error under a plan of `auto`.
+        leaner: how often the run met an out-of-memory error under a plan of `auto`; each takes a quarter off it.
 
     Raises:
+        OutOfRoom: among several workers the chosen plan does not fit; a leaner one may.
         torch.OutOfMemoryError: not even the leanest plan fits.
     """
     if not blocks:
         return None
-    if device.type == "cuda":
-        limit_logits(model, memory_limit(device) // LOGITS_SHARE)
-    line = _set_activations(config, model, blocks, strategy, rehearse, device, largest, element_size)
-    for _ in range(leaner if config.activations == "auto" else 0):
-        line = lean_down(blocks) or line
-    return line
-
-
-def _set_activations(
-    config: RunConfig,
-    model: nn.Module,
-    blocks: Sequence[Block],
-    strategy: Strategy,
-    rehearse: Callable[[], Tensor],
-    device: torch.device,
-    largest: Largest,
-    element_size: int,
-) -> str:
-    if config.activations == "keep":
-        return _use(blocks, [frozenset({"attention", "gate_up"})] * len(blocks))
-    if config.activations in ("recompute", "offload") or device.type != "cuda":
-        # There is no telling on a CPU how much of the host's memory is ours.
-        keeps: frozenset[Kind] = frozenset() if config.activations != "auto" else frozenset({"attention", "gate_up"})
+    device, none = rehearsal.device, frozenset[Kind]()
+    if config.activations != "auto":
+        keeps: frozenset[Kind] = frozenset({"attention", "gate_up"}) if config.activations == "keep" else none
         return _use(blocks, [keeps] * len(blocks))
-    _use(blocks, [frozenset()] * len(blocks))
+    if device.type != "cuda":
+        # There is no telling on a CPU how much of the host's memory is ours.
+        first = -(-len(blocks) * min(leaner, MOST_LEANER) // MOST_LEANER)
+        return _use(blocks, [none] * first + [frozenset({"attention", "gate_up"})] * (len(blocks) - first))
     limit = memory_limit(device)
-    allowed = limit * (1 - MARGIN_SHARE) - MARGIN_BYTES
-    away = ""
-    lean = _peak_or_more(rehearse, strategy, device)
-    room = _least(allowed - lean, device)
-    if _least(limit - lean, device) < 0:
+    limit_logits(model, limit // LOGITS_SHARE)
+    _use(blocks, [none] * len(blocks))
+    allowed = limit * (1 - MARGIN_SHARE) - MARGIN_BYTES - bytes_of_state_to_come(rehearsal.strategy)
+    away, lean = "", rehearsal.peak_or_more(blocks)
+    # Among several workers an error would be the end, so that the margin decides.
+    if _least((limit if rehearsal.alone else allowed) - lean, device) < 0:
         # Layers' inputs go to the host and come back while others compute.
         offload_activations(model)
-        away = ", their inputs in host memory"
-        room = _least(allowed - peak_of(rehearse, strategy, device), device)
-    kinds = [kind for kind in KINDS if kind != "weights" or not any(block.sharded for block in blocks)]
-    tokens = largest.rows * largest.length
-    costs = [gains(b.shape, tokens, largest.length, element_size, b.compute == "fp8") for b in blocks]
+        away, lean = ", their inputs in host memory", rehearsal.peak()
+    room = _least(allowed - lean, device) * (1 - min(leaner, MOST_LEANER) / MOST_LEANER)
+    sharded = any(block.sharded for block in blocks) and getattr(rehearsal.strategy, "frozen", "shard") != "replicate"
+    kinds = [kind for kind in KINDS if kind != "weights" or not sharded]
+    tokens, length = rehearsal.largest.rows * rehearsal.largest.length, rehearsal.largest.length
+    costs = [gains(b.shape, tokens, length, rehearsal.element_size, b.compute == "fp8") for b in blocks]
     for _ in range(ATTEMPTS):
-        kept = choose(costs, room, kinds)
-        line = _use(blocks, kept) + away
-        peak = _peak_or_more(rehearse, strategy, device)
+        line = _use(blocks, choose(costs, room, kinds)) + away
+        peak = rehearsal.peak_or_more(blocks)
         if _least(limit - peak, device) >= 0:
             return f"{line}; peak {peak / 2**30:.1f} GiB of {limit / 2**30:.1f} in rehearsal"
         room *= SHRINK
-    return _use(blocks, [frozenset()] * len(blocks)) + away
+    return _use(blocks, [none] * len(blocks)) + away
 
 
-def _peak_or_more(rehearse: Callable[[], Tensor], strategy: Strategy, device: torch.device) -> float:
-    """As `peak_of`; infinity where it is more than there is."""
-    try:
-        return peak_of(rehearse, strategy, device)
-    except torch.OutOfMemoryError:
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            # The others stand in a collective that this rank has left.
-            raise
-    return float("inf")
+def keeping(blocks: Sequence[Block]) -> list[Block]:
+    """The layers that keep something."""
+    return [block for block in blocks if block.plan != RECOMPUTE_ALL]
 
 
 def lean_down(blocks: Sequence[Block]) -> str | None:
@@ -164,29 +194,19 @@ def lean_down(blocks: Sequence[Block]) -> str | None:
 
     For a run that met an out-of-memory error all the same.
     """
-    keeping = [block for block in blocks if block.plan != RECOMPUTE_ALL]
-    if not keeping:
+    found = keeping(blocks)
+    if not found:
         return None
-    for block in keeping[: max(1, len(blocks) // 4)]:
+    for block in found[: -(-len(blocks) // MOST_LEANER)]:
         block.set_plan(RECOMPUTE_ALL)
     return describe([_kinds(block.plan) for block in blocks])
 
 
-def peak_of(rehearse: Callable[[], Tensor], strategy: Strategy, device: torch.device) -> int:
-    """The most bytes allocated while `rehearse` runs; its gradients are thrown away."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    try:
-        rehearse()
-        strategy.clip(0.0, 1.0)
-    finally:
-        strategy.step(skip=True)
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak
+def bytes_of_state_to_come(strategy: Strategy) -> int:
+    """What an optimizer that makes its state at the first step will take of the GPU: two fp32 moments a weight."""
+    state = strategy.optimizer.state
+    trained = (p for group in strategy.optimizer.param_groups for p in group["params"])
+    return sum(8 * p.numel() for p in trained if p.is_cuda and not state.get(p))
 
 
 def memory_limit(device: torch.device) -> int:

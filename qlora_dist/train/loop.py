@@ -27,7 +27,7 @@ from qlora_dist.model.block import Block
 from qlora_dist.optim.optimizers import set_learning_rate
 from qlora_dist.shard.strategy import Strategy
 from qlora_dist.track.metrics import MetricsLog
-from qlora_dist.train.activation_plan import OutOfRoom, lean_down
+from qlora_dist.train.activation_plan import OutOfRoom, can_go_on, lean_down, throw_away_gradients
 from qlora_dist.train.arrivals import Arrivals
 from qlora_dist.train.evaluate import held_out_loss
 from qlora_dist.train.heartbeat import Heartbeat, memory_bytes
@@ -187,10 +187,10 @@ class Loop:
         self.take_up(everything=progress.loss_scale.enabled)
 
     def forward_and_backward(self, batches: list[tuple[MicroBatch, int]], bear_loss: int) -> Tensor:
-        """This rank's share of the global loss; out of memory, a single worker tries again with a leaner plan.
+        """This rank's share of the global loss; out of memory, a worker that can tries again with a leaner plan.
 
         Raises:
-            OutOfRoom: among several workers, for all to start again with a leaner plan.
+            OutOfRoom: for all workers to start again with a leaner plan.
             torch.OutOfMemoryError: no plan is leaner.
         """
         while True:
@@ -203,10 +203,9 @@ class Loop:
             line = lean_down(self.blocks) if self.config.activations == "auto" else None
             if line is None:
                 raise torch.OutOfMemoryError(failure)
-            if self.world_size > 1:
+            if not can_go_on(self.config, self.world_size):
                 raise OutOfRoom(failure)
-            self.strategy.clip(0.0, 1.0)
-            self.strategy.step(True)
+            throw_away_gradients(self.strategy)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.notice(f"out of memory at step {self.progress.step + 1}; the step is tried again, activations {line}")

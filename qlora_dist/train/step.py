@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.data.collate import MicroBatch
+from qlora_dist.kernels.documents import has_flash
 from qlora_dist.model.fused import attends_by_documents, fused_loss_sum, has_window
 from qlora_dist.shard.strategy import Strategy
 
@@ -97,7 +98,7 @@ def document_borders(model: nn.Module, batch: MicroBatch) -> dict[str, Any]:
     (`sdpa`, `eager`, any number of lines). Flash attention takes the borders themselves, and needs one flat line. On a
     GPU a model whose layers are all fused takes them for any number of lines, and no mask is ever made for it.
     """
-    by_documents = batch.input_ids_BT.is_cuda and attends_by_documents(model) and not batch.flat
+    by_documents = has_flash(batch.input_ids_BT.device) and attends_by_documents(model) and not batch.flat
     if not batch.packed and not by_documents:
         return {}
     told: dict[str, Any] = {"position_ids": batch.position_ids_BT} if batch.packed else {}

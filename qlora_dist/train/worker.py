@@ -43,7 +43,14 @@ from qlora_dist.shard.activations import offload_activations
 from qlora_dist.shard.loading import make_placement
 from qlora_dist.shard.strategy import make_strategy
 from qlora_dist.track.attempt import open_metrics
-from qlora_dist.train.activation_plan import OutOfRoom, largest_micro_batch, rehearsal_batch, set_activations
+from qlora_dist.train.activation_plan import (
+    OutOfRoom,
+    Rehearsal,
+    can_go_on,
+    largest_micro_batch,
+    rehearsal_batch,
+    set_activations,
+)
 from qlora_dist.train.boundaries import check_document_boundaries
 from qlora_dist.train.context import Worker
 from qlora_dist.train.evaluate import answer_prompts
@@ -155,12 +162,16 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
         check_document_boundaries(model, lays_flat(config), dtype, worker.device)
     largest = largest_micro_batch(config, train_table)
     batch = rehearsal_batch(largest, tokenizer.pad_token_id, worker.device)
-    rehearse = partial(accumulate_gradients, model, strategy, [(batch, 0)], batch.num_loss_tokens, 1.0, dtype)
+    # Between micro-batches some strategies hold gradients that they have not shared out yet.
+    several = config.global_batch_size > config.train.per_device_train_batch_size * worker.world_size
+    batches = [(batch, 0)] * (2 if several else 1)
+    run = partial(accumulate_gradients, model, strategy, batches, batch.num_loss_tokens, 1.0, dtype)
+    rehearsal = Rehearsal(run, strategy, worker.device, largest, dtype.itemsize, can_go_on(config, worker.world_size))
     leaner = agree(worker, worker.client.call("outcome")["out_of_memory"] if lead else None)
-    kept = set_activations(config, adapted, blocks, strategy, rehearse, worker.device, largest, dtype.itemsize, leaner)
+    kept = set_activations(config, adapted, blocks, rehearsal, leaner)
     if kept is not None:
         note("memory", f"activations {kept}")
-    del batch, rehearse
+    del batch, batches, run, rehearsal
     adapter_config = adapter_config_json(adapted)
     adapter_settings = json.loads(adapter_config)
     identity = agree(worker, run_identity(config, folder, train_table, adapter_settings) if lead else None)

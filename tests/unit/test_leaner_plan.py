@@ -16,6 +16,7 @@ from qlora_dist.coordinate.rundir import open_run
 from qlora_dist.coordinate.state import MOST_LEANER, Coordinator
 from qlora_dist.model import block as block_module
 from qlora_dist.train import loop as loop_module
+from qlora_dist.train.activation_plan import OutOfRoom
 from tests.distributed.group import series, train_in_group
 from tests.single import small_config, train_here
 
@@ -68,6 +69,34 @@ def test_one_worker_tries_the_step_again(tiny_model: Path, tmp_path: Path, monke
         assert series(ours.run_dir, metric) == series(plain.run_dir, metric)
     notices = told(ours.run_dir, "notice")
     assert any("out of memory at step 3" in message and "recomputed" in message for message in notices), notices
+
+
+@pytest.mark.parametrize("strategy", ["none", "ddp", "fsdp", "zero2", "zero3"])
+def test_an_error_in_the_middle_of_a_backward(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    """What shards is in the middle of gathering and reducing then, and says so; the others go on."""
+    backward, made = block_module.swiglu_backward, iter(range(10**6))
+
+    def limited(*arguments: Any) -> None:
+        if next(made) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        backward(*arguments)
+
+    plain = small_config(tmp_path / "plain", tiny_model, **FUSED, shard={"strategy": strategy})
+    assert train_here(plain)["state"] == "finished"
+    monkeypatch.setattr(block_module, "swiglu_backward", limited)
+    ours = small_config(tmp_path / "ours", tiny_model, **FUSED, shard={"strategy": strategy})
+    if strategy in ("none", "ddp"):
+        assert train_here(ours)["state"] == "finished"
+        for metric in METRICS:
+            assert series(ours.run_dir, metric) == series(plain.run_dir, metric)
+        return
+    with pytest.raises(OutOfRoom):
+        train_here(ours)
+    outcome = Coordinator(ours.run_dir).outcome()
+    assert (outcome["kind"], outcome["exit_code"]) == ("memory", 2)
+    assert "per_device_train_batch_size" in outcome["message"]
 
 
 @pytest.mark.parametrize("activations", ["auto", "recompute"])

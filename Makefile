@@ -15,8 +15,8 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/unit -n 2 -m "not slow"
-	$(BIN)/python -m pytest tests/distributed tests/cluster tests/gpu -m "not slow"
+	$(BIN)/python -m pytest tests/unit -n 2 -m "not slow" --durations 12
+	$(BIN)/python -m pytest tests/distributed tests/cluster tests/gpu -m "not slow" --durations 25
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow

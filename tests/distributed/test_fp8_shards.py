@@ -20,6 +20,7 @@ from tests.distributed.strategies import (
 from tests.single import train_here
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_fp8_over_shards_trains_what_one_worker_trains_in_fp8(tmp_path: Path) -> None:
     base = make_odd_model(tmp_path / "base")

@@ -155,6 +155,7 @@ def test_what_is_gathered_are_the_bytes_of_the_unsharded_base(base: Path, cache:
             assert torch.equal(gathered[name], expected), name
 
 
+@pytest.mark.slow
 def slow_and_failing(rank: int, config: RunConfig) -> tuple[list[str], str]:
     reader = make_placement(config, rank, 2, rank, 2).reader
     assert reader is not None
@@ -195,6 +196,7 @@ def test_what_one_rank_makes_or_reads_may_take_longer_than_a_collective(base: Pa
     assert "of a tensor" in first[1]
 
 
+@pytest.mark.slow
 def slow_node(rank: int, config: RunConfig, fails: bool) -> str:
     """Two nodes of one rank each; the second is busy for longer than any rank may be silent."""
     try:

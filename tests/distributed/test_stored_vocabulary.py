@@ -28,7 +28,7 @@ CASES: dict[str, Case] = {
 }
 
 
-QUICK = ("fsdp-nf4-8bit", "fsdp-tied-host", "zero3-tied-8bit")
+QUICK = ("fsdp-nf4-8bit",)
 
 
 class Runs:

@@ -17,7 +17,7 @@ BENCHMARKS: dict[str, Mendable] = {
     ),
     "bench-points-unreadable": Mendable(
         "--points {file} is no list of points ({error})",
-        'make it a JSON list of {{"name": ..., "overrides": ["section.field=value", ...]}}, each with a name of its own',
+        'make it a JSON list of {{"name": ..., "overrides": ["section.field=value", ...]}}, each with its own name',
     ),
     "bench-too-few-steps": Mendable(
         "point {name} has train.max_steps={max_steps}, and the first {warm_up} steps are not measured",

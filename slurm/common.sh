@@ -16,6 +16,8 @@
 : "${STOP_S:=100}"
 # Seconds for all nodes to join.
 : "${JOIN_S:=180}"
+# Requeues of a job, after a notice or the loss of a node.
+: "${MAX_REQUEUES:=10}"
 # Under torchrun; Ray's restarts are launch.max_restarts.
 : "${MAX_RESTARTS:=0}"
 

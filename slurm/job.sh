@@ -161,20 +161,31 @@ run_bench() {
     exit
 }
 
-# End with an exit code, or give the job back to the queue where it was stopped before it was done.
+# Whether every node of the job still starts what it is asked to.
+nodes_answer() {
+    timeout 30 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+        --cpus-per-task=1 --gres=none --mpi=none true
+}
+
+# End with an exit code, or give the job back to the queue: where it was stopped before it was done, or lost a node.
 finish_up() {
-    local code=$1 how
+    local code=$1 how why=
     how=$(ask state "$RUN_DIR" "$STARTED")
     say "exit code $code, the run is $how"
-    if [[ $NOTICE == USR1 && $how != finished && $code != 2 ]]; then
-        take_down
-        # Not one that a person has cancelled meanwhile.
-        if [[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]] && scontrol requeue "$SLURM_JOB_ID"; then
-            say "requeued; the next attempt goes on from the last checkpoint"
-            exit 0
+    take_down
+    if [[ $how != finished && $code != 2 ]]; then
+        if [[ $NOTICE == USR1 ]]; then
+            why="Slurm gave notice"
+        elif ((code != 0)) && [[ -z $NOTICE ]] && ! nodes_answer; then
+            why="a node is lost"
         fi
-        say "not requeued; the same command goes on from the last checkpoint"
-        exit 1
     fi
-    exit "$code"
+    [[ -n $why ]] || exit "$code"
+    # Not one that a person has cancelled meanwhile.
+    if ((ATTEMPT <= MAX_REQUEUES)) && [[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]]; then
+        say "$why: requeued; the next attempt goes on from the last checkpoint"
+        scontrol requeue "$SLURM_JOB_ID" && exit 0
+    fi
+    say "$why: not requeued; the same command goes on from the last checkpoint"
+    exit 1
 }

@@ -7,7 +7,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -21,6 +20,7 @@ from tests.cluster.faults import REPOSITORY, wait_until
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol", "squeue", "srun", "scancel")
 GPUS_PER_NODE = 8
+NODE_VARIABLE = "QLORA_DIST_TEST_NODE"
 CONFIGURATION = """
 ClusterName=qlora-test
 SlurmctldHost={host}(127.0.0.1)
@@ -56,7 +56,6 @@ NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=8 RealMemor
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=8 RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE OverSubscribe=NO State=UP
 """
-# After a requeue Slurm holds a job back for two minutes by its begin time; a test need not.
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
 
 
@@ -106,38 +105,35 @@ class Slurm:
 
     def start_node(self, name: str) -> None:
         """Start a node's slurmd."""
-        self._start(name, "slurmd", "-D", "-N", name)
+        self._start(name, "slurmd", "-D", "-N", name, **{NODE_VARIABLE: name})
 
     def kill_node(self, name: str) -> None:
-        """SIGKILL a node's slurmd and everything that it started."""
-        self._kill(self.daemons.pop(name))
+        """SIGKILL a node's slurmd and everything on the node, all at once as a power cut would."""
+        for process in [p for p in self._ours() if _on_node(p) == name]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.daemons.pop(name).wait()
 
     def close(self) -> None:
         """End jobs and daemons; whatever is left of them is killed."""
         if "slurmctld" in self.daemons:
             self.command("scancel", "--full", "--state=RUNNING", check=False)
             self.command("scancel", "--state=PENDING", check=False)
-        left = self.processes()
-        for name in ("n1", "n2", "slurmctld", "munged"):
-            if name in self.daemons:
-                self._kill(self.daemons[name])
-        for process in left:
+        for process in self._ours():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        for daemon in self.daemons.values():
+            daemon.wait()
 
     def processes(self, job: str | None = None) -> list[psutil.Process]:
-        """What runs of this Slurm's jobs, or of one: they have SLURM_CONF, and SLURM_JOB_ID, in their environment."""
-        return [process for process in psutil.process_iter() if self._belongs(process, job)]
+        """What runs of this Slurm's jobs, or of one."""
+        wanted = [(process, _environment(process).get("SLURM_JOB_ID")) for process in self._ours()]
+        return [process for process, found in wanted if found is not None and job in (None, found)]
 
-    def _belongs(self, process: psutil.Process, job: str | None) -> bool:
-        try:
-            if process.status() == psutil.STATUS_ZOMBIE or process.pid == os.getpid():
-                return False
-            variables = process.environ()
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            return False
-        ours = variables.get("SLURM_CONF") == self.environment["SLURM_CONF"] and "SLURM_JOB_ID" in variables
-        return ours and (job is None or variables["SLURM_JOB_ID"] == job)
+    def _ours(self) -> list[psutil.Process]:
+        """Daemons, steps and tasks: all have this configuration in their environment."""
+        conf = self.environment["SLURM_CONF"]
+        return [process for process in psutil.process_iter() if _environment(process).get("SLURM_CONF") == conf]
 
     def command(self, *words: str, check: bool = True, env: Mapping[str, str] | None = None) -> str:
         """The stdout of one of Slurm's commands."""
@@ -156,31 +152,46 @@ class Slurm:
         shown = self.command("scontrol", "show", "job", "-o", job)
         return dict(pair.partition("=")[::2] for pair in shown.split(" ") if "=" in pair)
 
+    def release(self, job: str) -> dict[str, str]:
+        """`job`, which is let go where Slurm holds it back for two minutes after a requeue; a test need not wait."""
+        found = self.job(job)
+        if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
+            self.command("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+        return found
+
     def wait(self, job: str, timeout_s: float = 180) -> dict[str, str]:
         """Wait for a job's end, through requeues; what Slurm says of it then."""
         deadline = time.monotonic() + timeout_s
-        while (found := self.job(job))["JobState"] not in ENDED:
+        while (found := self.release(job))["JobState"] not in ENDED:
             if time.monotonic() > deadline:
                 raise AssertionError(f"job {job} is still {found['JobState']} ({found.get('Reason')})")
-            if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
-                self.command("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
             time.sleep(0.3)
         return found
 
-    def _start(self, key: str, *words: str) -> None:
+    def _start(self, key: str, *words: str, **variables: str) -> None:
         log = (self.folder / f"{key}.out").open("w")
         self.daemons[key] = subprocess.Popen(
-            words, env=self.environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+            words,
+            env={**self.environment, **variables},
+            cwd=self.folder,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
 
-    def _kill(self, daemon: subprocess.Popen[bytes]) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            below = psutil.Process(daemon.pid).children(recursive=True)
-            for process in below:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.send_signal(signal.SIGKILL)
-        daemon.kill()
-        daemon.wait()
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    """A process's environment; {} of one that is gone, or a zombie."""
+    try:
+        return {} if process.status() == psutil.STATUS_ZOMBIE else process.environ()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return {}
+
+
+def _on_node(process: psutil.Process) -> str | None:
+    variables = _environment(process)
+    # Tasks have Slurm's own variable, slurmd and what it starts the tests'.
+    return variables.get("SLURMD_NODENAME", variables.get(NODE_VARIABLE))
 
 
 def _path() -> str:

@@ -6,7 +6,7 @@ Losses are compared exactly where the number of workers is the same: a resumed r
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 class Submitted:
     """A job, its run folder and its logs."""
 
-    def __init__(self, slurm: Slurm, folder: Path, model: Path, launcher: str, steps: int, *words: str):
+    def __init__(
+        self, slurm: Slurm, folder: Path, model: Path, launcher: str, steps: int, *words: str,
+        sbatch: Sequence[str] = (),
+    ):  # fmt: skip
         self.slurm, self.folder = slurm, folder
         folder.mkdir(exist_ok=True)
         self.config = config(folder / "run", model, steps)
@@ -40,7 +43,7 @@ class Submitted:
             "QLORA_DIST_SCRATCH": str(slurm.folder), "RAY_OBJECT_STORE_BYTES": "80000000",
         }  # fmt: skip
         self.id = slurm.submit(
-            "--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1", f"--output={folder}/out.txt",
+            "--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1", f"--output={folder}/out.txt", *sbatch,
             "slurm/qlora70b.sh", str(path), *words, **variables,
         )  # fmt: skip
 
@@ -59,7 +62,7 @@ class Submitted:
         """Wait while the job lives."""
         deadline = time.monotonic() + timeout_s
         while not true():
-            state = self.slurm.job(self.id)["JobState"]
+            state = self.slurm.release(self.id)["JobState"]
             if time.monotonic() > deadline or state not in ("PENDING", "RUNNING", "COMPLETING"):
                 raise AssertionError(f"job {self.id} is {state}: {self.output}")
             time.sleep(0.1)
@@ -69,7 +72,8 @@ class Submitted:
         return max((r["step"] for r in read_metrics(self.config.run_dir)), default=0)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        lines = (self.config.run_dir / "events.jsonl").read_text().splitlines()
+        path = self.config.run_dir / "events.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
         return [event for event in map(json.loads, lines) if event["kind"] == kind]
 
     def left(self) -> list[psutil.Process]:
@@ -157,6 +161,37 @@ def test_notice_checkpoint_requeue_resume(
     assert series(job.config.run_dir, "loss") == series(uninterrupted.config.run_dir, "loss")
     assert sorted(path.name for path in job.folder.glob("logs/*/*")) == ["attempt-1", "attempt-2"]
     assert not [problem for one in list_checkpoints(job.config.run_dir) for problem in verify(one.path)]
+    assert not job.left()
+
+
+def test_the_time_limit_gives_notice_itself(slurm: Slurm, tiny_model: Path, tmp_path: Path) -> None:
+    """One minute is Slurm's shortest limit; its notice comes within seconds, before or after the workers."""
+    job = Submitted(slurm, tmp_path, tiny_model, "torchrun", 100000, sbatch=["--time=1", "--signal=B:USR1@35"])
+    job.until(lambda: len(job.events("resumed")) > 0)
+    resumed = job.events("resumed")[0]["step"]
+    job.until(lambda: job.step() > resumed + 5)
+    slurm.command("scancel", job.id)
+    assert int(job.wait()["Restarts"]) >= 1
+    assert resumed > 0
+    (committed, *_) = job.events("committed")
+    assert committed["step"] == resumed
+    assert {record["step"] for record in read_metrics(job.config.run_dir)} >= set(range(1, resumed + 5))
+    assert not job.left()
+
+
+def test_a_lost_node_is_a_requeue(slurm: Slurm, tiny_model: Path, tmp_path: Path, uninterrupted: Submitted) -> None:
+    """The second node is gone as by a power cut, comes back, and the job goes on from its last checkpoint."""
+    job = Submitted(slurm, tmp_path, tiny_model, "torchrun", 200, "checkpoint.save_steps=10")
+    job.until(lambda: len(list_checkpoints(job.config.run_dir)) > 0)
+    slurm.kill_node("n2")
+    try:
+        job.until(lambda: slurm.job(job.id)["JobState"] == "PENDING")
+    finally:
+        slurm.start_node("n2")
+    found = job.wait()
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1")
+    assert 10 <= job.events("resumed")[0]["step"] < 200
+    assert series(job.config.run_dir, "loss") == series(uninterrupted.config.run_dir, "loss")
     assert not job.left()
 
 

@@ -1,5 +1,6 @@
 """Commands: parse, call, print."""
 
+import contextlib
 import json
 import os
 import sys
@@ -40,10 +41,11 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     from qlora_dist.track.terminal import watching
 
     run_config = with_absolute_paths(load_config(config, overrides or []))
-    run_dir = run_config.run_dir
-    with watching(run_dir):
+    run_dir, lead = run_config.run_dir, os.environ.get("RANK", "0") == "0"
+    # torchrun's workers share one terminal.
+    with watching(run_dir) if lead else contextlib.nullcontext():
         code = launch(run_config, run_dir)
-    if run_config.track.report and os.environ.get("RANK", "0") == "0":
+    if run_config.track.report and lead:
         report_at_end(run_dir)
     raise typer.Exit(code)
 
@@ -93,9 +95,14 @@ def runs(
 
 
 @config_app.command("show")
-def config_show(config: ConfigPath, overrides: Overrides = None) -> None:
+def config_show(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    absolute: Annotated[bool, typer.Option("--absolute", help="Files, and the run folder, as absolute paths.")] = False,
+) -> None:
     """Print the resolved configuration as YAML."""
-    sys.stdout.write(to_yaml(load_config(config, overrides or [])))
+    resolved = load_config(config, overrides or [])
+    sys.stdout.write(to_yaml(with_absolute_paths(resolved) if absolute else resolved))
 
 
 @config_app.command("schema")
@@ -141,7 +148,7 @@ def logs(
 @app.command()
 def stop(
     run: Annotated[Path, typer.Argument(help="The run folder.", show_default=False)],
-    reason: Annotated[str, typer.Option(help="Kept in the event log.")] = "a person asked",
+    reason: Annotated[str, typer.Option(help="Kept in the event log.")] = "a person asked it to stop",
     wait: Annotated[bool, typer.Option(help="Wait until the run is over.")] = True,
 ) -> None:
     """Stop a run gracefully: a checkpoint at the next step boundary, then its end; `train` goes on from there."""

@@ -31,3 +31,33 @@ def slurm(
         print(script, end="")
     else:
         print(f"submitted job {submit(script)}")
+
+
+@app.command()
+def ray(
+    config: Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.field=value, such as train.max_steps=50", show_default=False)
+    ] = None,
+    address: Annotated[
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="http://HOST:8265, where Ray's dashboard answers.")
+    ] = "http://127.0.0.1:8265",
+    python: Annotated[str, typer.Option(help="The cluster's Python that has qlora-dist.")] = "python",
+    follow: Annotated[bool, typer.Option(help="Show the job's output and wait for its end.")] = True,
+) -> None:
+    """Submit CONFIG to a Ray cluster as a job; the same command again resumes the run.
+
+    Ctrl-C asks the run for a checkpoint and its end. The exit code is the run's.
+    """
+    from qlora_dist.cluster.ray_jobs import connect, not_sent, submit
+    from qlora_dist.cluster.ray_jobs import follow as show
+    from qlora_dist.config.load import load_config, with_absolute_paths
+
+    run_config = with_absolute_paths(load_config(config, overrides or []))
+    client = connect(address)
+    job = submit(client, run_config, python)
+    print(f"submitted {job}; its run folder on the cluster's nodes is {run_config.run_dir}", flush=True)
+    if names := not_sent():
+        print(f"not sent: {', '.join(names)}; the cluster's nodes need their own", flush=True)
+    if follow:
+        raise typer.Exit(show(client, job, run_config.run_dir, python))

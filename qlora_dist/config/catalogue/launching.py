@@ -57,6 +57,35 @@ LAUNCHING: dict[str, Mendable] = {
         "the Ray cluster at launch.address={address} wants a token",
         "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head node",
     ),
+    "ray-jobs-not-installed": Mendable(
+        "submitting Ray jobs needs the extra packages of ray[default], and aiohttp is not installed",
+        "run: pip install 'qlora-dist[ray-jobs]'",
+    ),
+    "ray-jobs-address-form": Mendable(
+        "--address {address} is not of the form http://HOST:8265",
+        "give the address of the cluster's dashboard, which `ray start --head` printed",
+    ),
+    "ray-jobs-not-there": Mendable(
+        "nobody answers at --address {address} ({error})",
+        "start Ray with its dashboard there (`ray start --head --dashboard-host=0.0.0.0`), or forward the port to here "
+        "(ssh -L, kubectl port-forward)",
+    ),
+    "ray-jobs-token": Mendable(
+        "the Ray cluster at {address} wants a token, or another one",
+        "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head node",
+    ),
+    "ray-jobs-refused": Mendable(
+        "the Ray cluster at {address} does not take the job ({error})",
+        "see that it runs the same version of Ray as this machine, with its dashboard",
+    ),
+    "ray-jobs-lost": Mendable(
+        "the cluster of job {job} has not answered for {seconds:.0f} s ({error})",
+        "look there whether it goes on; submitting it again resumes it from the last checkpoint",
+    ),
+    "submit-needs-ray": Mendable(
+        "launch.backend is {backend}, and what is submitted to a Ray cluster runs on Ray",
+        "set launch.backend=ray",
+    ),
     "world-size-out-of-range": Mendable(
         "launch.num_workers is [{least}, {most}], but WORLD_SIZE is {world_size}",
         "start torchrun with such numbers of nodes and processes, or widen launch.num_workers",

@@ -1,0 +1,154 @@
+"""launchers/: the manifests are what KubeRay takes, no secret is in them, the scripts are sound, torchrun.sh trains."""
+
+import copy
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+from ray import __version__ as ray_version
+
+from qlora_dist.coordinate.report import read_status
+
+REPOSITORY = Path(__file__).parents[2]
+LAUNCHERS = REPOSITORY / "launchers"
+MANIFESTS = sorted(LAUNCHERS.glob("kuberay-*.yaml"))
+BIN = Path(sys.executable).parent
+SCHEMA = yaml.safe_load((Path(__file__).parent / "kuberay_schema.yaml").read_text())
+
+
+def resources(path: Path) -> list[dict[str, Any]]:
+    """The Ray resources of a manifest; others, such as a volume claim, are Kubernetes' own."""
+    return [part for part in yaml.safe_load_all(path.read_text()) if part["apiVersion"].startswith("ray.io/")]
+
+
+def complaints(resource: dict[str, Any]) -> list[str]:
+    """What the schema says against a resource, of the kind that it is."""
+    validator = Draft202012Validator({**SCHEMA["$defs"][resource["kind"]], "$defs": SCHEMA["$defs"]})
+    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(resource)]
+
+
+def pods(resource: dict[str, Any]) -> list[dict[str, Any]]:
+    """The specs of all pods of a resource."""
+    spec = resource["spec"]
+    cluster = spec.get("rayClusterSpec", spec)
+    templates = [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
+    if "submitterPodTemplate" in spec:
+        templates.append(spec["submitterPodTemplate"])
+    return [template["spec"] for template in templates]
+
+
+def test_there_is_a_manifest_of_either_kind() -> None:
+    assert sorted(resource["kind"] for path in MANIFESTS for resource in resources(path)) == ["RayCluster", "RayJob"]
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_a_manifest_has_only_fields_that_kuberay_knows(path: Path) -> None:
+    for resource in resources(path):
+        assert complaints(resource) == []
+
+
+def test_the_schema_refuses_a_misspelt_field_a_wrong_type_and_a_missing_one() -> None:
+    (job,) = resources(LAUNCHERS / "kuberay-rayjob.yaml")
+    worker = ("rayClusterSpec", "workerGroupSpecs", 0)
+
+    def with_change(where: tuple[str | int, ...], key: str, value: Any) -> list[str]:
+        changed = copy.deepcopy(job)
+        target: Any = changed["spec"]
+        for part in where:
+            target = target[part]
+        target.pop(key) if value is None else target.__setitem__(key, value)
+        return complaints(changed)
+
+    assert with_change((), "backofLimit", 3)
+    assert with_change((), "submissionMode", "Http")
+    assert with_change((*worker,), "maxReplicas", None)
+    assert with_change((*worker,), "replicas", "2")
+    assert with_change((*worker, "template", "spec"), "containers", [])
+    assert with_change(("rayClusterSpec", "headGroupSpec", "rayStartParams"), "num-cpus", 0), "a number is no string"
+    assert with_change((*worker, "template", "spec", "containers", 0, "resources", "limits"), "memory", "256 GB")
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_every_pod_has_the_token_from_a_secret_and_those_of_the_run_share_the_storage(path: Path) -> None:
+    for resource in resources(path):
+        for pod in pods(resource):
+            (container,) = pod["containers"]
+            variables = {variable["name"]: variable for variable in container["env"]}
+            assert variables["RAY_AUTH_MODE"]["value"] == "token"
+            for name in {"RAY_AUTH_TOKEN", "HF_TOKEN", "WANDB_API_KEY"} & variables.keys():
+                assert "value" not in variables[name]
+                assert variables[name]["valueFrom"]["secretKeyRef"]["name"] == "qlora-dist"
+            assert "RAY_AUTH_TOKEN" in variables
+            mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
+            assert mounts == {volume["name"] for volume in pod.get("volumes", [])}
+            if container["name"] != "submitter":
+                assert mounts == {"shared", "shm"}
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_the_gpus_asked_for_are_those_of_the_run_and_the_version_is_ours(path: Path) -> None:
+    for resource in resources(path):
+        cluster = resource["spec"].get("rayClusterSpec", resource["spec"])
+        assert cluster["rayVersion"] == ray_version
+        (group,) = cluster["workerGroupSpecs"]
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        if resource["kind"] == "RayJob":
+            gpus = group["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"])
+            assert f"launch.num_workers={gpus}" in resource["spec"]["entrypoint"]
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCHERS.glob("*.sh")), ids=lambda path: path.name)
+def test_a_script_is_executable_names_no_secret_and_says_how_to_call_it(path: Path) -> None:
+    assert os.access(path, os.X_OK)
+    done = subprocess.run([path], capture_output=True, text=True, timeout=20)
+    assert done.returncode != 0
+    assert f"usage: launchers/{path.name} CONFIG" in done.stderr
+    code = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    assert not re.search(r"TOKEN|API_KEY|SECRET", "\n".join(code)), "they come from the environment, not by a command"
+
+
+def test_shellcheck_finds_nothing() -> None:
+    try:
+        done = subprocess.run(
+            ["shellcheck", *sorted(LAUNCHERS.glob("*.sh"))], capture_output=True, text=True, timeout=60
+        )
+    except FileNotFoundError:
+        pytest.skip("shellcheck is not installed")
+    assert done.returncode == 0, done.stdout
+
+
+def run_torchrun_sh(*overrides: str) -> subprocess.CompletedProcess[str]:
+    """The script with the quickstart's configuration and two CPU workers."""
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        [LAUNCHERS / "torchrun.sh", REPOSITORY / "configs" / "quickstart.yaml", *overrides],
+        env=os.environ | {"PATH": path, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=160,
+    )  # fmt: skip
+
+
+def test_a_wrong_setting_is_told_once_and_not_by_each_worker_of_each_attempt() -> None:
+    done = run_torchrun_sh("train.max_stps=3")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "train.max_stps is not a setting" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_torchrun_sh_trains_on_one_machine(tiny_model: Path, tmp_path: Path) -> None:
+    done = run_torchrun_sh(
+        f"model.name={tiny_model}", f"output_dir={tmp_path / 'run'}", "train.max_steps=2", "train.warmup_steps=0",
+        "eval.eval_on_start=false", "eval.sample_prompts=0", "eval.eval_steps=100", "data.max_rows=20",
+        "data.max_eval_rows=4", "track.report=false",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert read_status(tmp_path / "run")["state"] == "finished"
+    assert len(read_status(tmp_path / "run")["ranks"]) == 2

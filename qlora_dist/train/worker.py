@@ -206,7 +206,11 @@ def join_process_group(config: RunConfig, worker: Worker) -> None:
         torch.cuda.set_device(worker.device)
         if not os.environ.get("PYTORCH_CUDA_ALLOC_CONF") and not os.environ.get("PYTORCH_ALLOC_CONF"):
             # What loading leaves in odd sizes would otherwise not serve the step.
-            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+            cuda: Any = torch.cuda.memory
+            # Its later name comes without a warning.
+            getattr(torch._C, "_accelerator_setAllocatorSettings", cuda._set_allocator_settings)(
+                "expandable_segments:True"
+            )
         if config.train.memory_budget_gib is not None:
             total = torch.cuda.get_device_properties(worker.device).total_memory / 2**30
             allowed = max(0.1, config.train.memory_budget_gib - BESIDE_ALLOCATOR_GIB)

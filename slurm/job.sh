@@ -163,8 +163,8 @@ run_bench() {
 
 # Whether every node of the job still starts what it is asked to.
 nodes_answer() {
-    timeout 30 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-        --cpus-per-task=1 --gres=none --mpi=none true
+    env -u SLURM_GPUS_PER_NODE timeout 30 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" \
+        --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 --mpi=none true
 }
 
 # End with an exit code, or give the job back to the queue: where it was stopped before it was done, or lost a node.

@@ -58,11 +58,11 @@ class Submitted:
         finally:
             print(self.output)
 
-    def until(self, true: Callable[[], bool], timeout_s: float = 150) -> None:
-        """Wait while the job lives."""
+    def until(self, true: Callable[[], bool], timeout_s: float = 150, release: bool = True) -> None:
+        """Wait while the job lives; `release`: without the two minutes of patience after a requeue."""
         deadline = time.monotonic() + timeout_s
         while not true():
-            state = self.slurm.release(self.id)["JobState"]
+            state = (self.slurm.release if release else self.slurm.job)(self.id)["JobState"]
             if time.monotonic() > deadline or state not in ("PENDING", "RUNNING", "COMPLETING"):
                 raise AssertionError(f"job {self.id} is {state}: {self.output}")
             time.sleep(0.1)
@@ -135,6 +135,17 @@ def test_a_failing_run_fails_the_job(slurm: Slurm, tiny_model: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_run_that_dies_fails_the_job(slurm: Slurm, tiny_model: Path, tmp_path: Path, launcher: str) -> None:
+    """A worker is killed, and nothing starts it again: exit code 1. All nodes live, so this is no requeue."""
+    job = Submitted(slurm, tmp_path, tiny_model, launcher, 100000, "launch.max_restarts=0")
+    job.until(lambda: job.step() > 5)
+    psutil.Process(job.events("generation")[0]["members"][1]["pid"]).kill()
+    found = job.wait()
+    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "1:0", "0")
+    assert not job.left()
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_cancelled_job_leaves_nothing(slurm: Slurm, tiny_model: Path, tmp_path: Path, launcher: str) -> None:
     job = Submitted(slurm, tmp_path, tiny_model, launcher, 100000)
     job.until(lambda: job.step() > 5)
@@ -185,7 +196,8 @@ def test_a_lost_node_is_a_requeue(slurm: Slurm, tiny_model: Path, tmp_path: Path
     job.until(lambda: len(list_checkpoints(job.config.run_dir)) > 0)
     slurm.kill_node("n2")
     try:
-        job.until(lambda: slurm.job(job.id)["JobState"] == "PENDING")
+        job.until(lambda: slurm.job(job.id)["JobState"] == "PENDING", release=False)
+        job.until(lambda: "down" in slurm.command("sinfo", "-h", "-N", "-n", "n2", "-o", "%t"), release=False)
     finally:
         slurm.start_node("n2")
     found = job.wait()

@@ -1,8 +1,9 @@
-"""launchers/: the manifests are what KubeRay takes, no secret is in them, the scripts are sound, torchrun.sh trains."""
+"""launchers/: the manifests are what KubeRay takes, no secret is in them, the scripts are sound and train."""
 
 import copy
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -124,31 +125,54 @@ def test_shellcheck_finds_nothing() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def run_torchrun_sh(*overrides: str) -> subprocess.CompletedProcess[str]:
-    """The script with the quickstart's configuration and two CPU workers."""
+def start(script: str, *overrides: str, **variables: str) -> subprocess.Popen[str]:
+    """A script with the quickstart's configuration."""
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        [LAUNCHERS / "torchrun.sh", REPOSITORY / "configs" / "quickstart.yaml", *overrides],
-        env=os.environ | {"PATH": path, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=160,
+    return subprocess.Popen(
+        [LAUNCHERS / script, REPOSITORY / "configs" / "quickstart.yaml", *overrides],
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | variables, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
-def test_a_wrong_setting_is_told_once_and_not_by_each_worker_of_each_attempt() -> None:
-    done = run_torchrun_sh("train.max_stps=3")
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "train.max_stps is not a setting" in done.stderr
+@pytest.mark.parametrize("script", ["torchrun.sh", "accelerate.sh", "ray_job.sh"])
+def test_a_wrong_setting_is_told_once_and_not_by_each_worker_of_each_attempt(script: str) -> None:
+    process = start(script, "train.max_stps=3")
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert len(told.splitlines()) == 1
+    assert "train.max_stps is not a setting" in told
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
-def test_torchrun_sh_trains_on_one_machine(tiny_model: Path, tmp_path: Path) -> None:
-    done = run_torchrun_sh(
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("script", "machines", "variables"),
+    [
+        ("torchrun.sh", 1, {"NPROC_PER_NODE": "2"}),
+        ("torchrun.sh", 2, {"NPROC_PER_NODE": "1", "NNODES": "2", "MASTER_ADDR": "127.0.0.1"}),
+        ("accelerate.sh", 1, {"NUM_PROCESSES": "2"}),
+    ],
+)
+def test_two_workers_train_on_one_machine_and_on_what_stands_for_two(
+    script: str, machines: int, variables: dict[str, str], tiny_model: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        variables = variables | {"MASTER_PORT": str(probe.getsockname()[1])}
+    overrides = [
         f"model.name={tiny_model}", f"output_dir={tmp_path / 'run'}", "train.max_steps=2", "train.warmup_steps=0",
         "eval.eval_on_start=false", "eval.sample_prompts=0", "eval.eval_steps=100", "data.max_rows=20",
         "data.max_eval_rows=4", "track.report=false",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ]  # fmt: skip
+    processes = [start(script, *overrides, **variables) for _ in range(machines)]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=200)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
     assert read_status(tmp_path / "run")["state"] == "finished"
     assert len(read_status(tmp_path / "run")["ranks"]) == 2
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()

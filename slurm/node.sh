@@ -14,9 +14,12 @@ case $1 in
         fi
         # The variable is for drivers; `ray start` takes it for the cluster to start beside.
         unset RAY_ADDRESS
+        # Nothing else runs on this cluster that it could wait for.
+        export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
         "$PYTHON" -m ray.scripts.scripts start "${words[@]}" &
         child=$!
-        trap 'kill -TERM $child' TERM
+        # Slurm may kill all that is left a few seconds after its SIGTERM.
+        trap 'kill -TERM $child; sleep 2; rm -rf "$JOB_TMP"' TERM
         while kill -0 $child 2>/dev/null; do wait $child; done
         rm -rf "$JOB_TMP"
         ;;

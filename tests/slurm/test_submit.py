@@ -17,9 +17,11 @@ from qlora_dist.cluster.slurm_job import exit_code, state, stop
 from qlora_dist.cluster.slurm_submit import Allocation, allocation, render, submit
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import RunConfig
+from qlora_dist.coordinate.report import read_status
 from qlora_dist.coordinate.rundir import open_run
 from qlora_dist.coordinate.state import Coordinator
 from tests.cluster.faults import REPOSITORY
+from tests.single import small_config
 from tests.slurm.cluster import Slurm
 
 SCRIPTS = sorted((REPOSITORY / "slurm").glob("*.sh"))
@@ -165,3 +167,26 @@ def test_a_rendered_script_on_a_real_slurm(slurm: Slurm, tmp_path: Path) -> None
     output = (tmp_path / "out.txt").read_text()
     assert (found["JobState"], found["ExitCode"], found["NumNodes"]) == ("FAILED", "2:0", "2"), output
     assert "trian" in output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_array_of_configurations(slurm: Slurm, tiny_model: Path, tmp_path: Path) -> None:
+    """Two tasks, which may run at the same time on one node, each with its own configuration, and one too many."""
+    paths = []
+    for name in "ab":
+        config = small_config(tmp_path / name, tiny_model, train={"max_steps": 3}, launch={"device": "cpu"})
+        paths.append(tmp_path / f"{name}.yaml")
+        paths[-1].write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+    job = slurm.submit(
+        "--array=0-2", "--gpus-per-node=1", "--cpus-per-task=1", f"--output={tmp_path}/out-%a.txt", "slurm/array.sh",
+        *map(str, paths), "--", "seed=7", LAUNCHER="torchrun", QLORA_DIST_LOGS=str(tmp_path / "logs"),
+        QLORA_DIST_SCRATCH=str(slurm.folder),
+    )  # fmt: skip
+    codes = [slurm.wait(f"{job}_{task}")["ExitCode"] for task in range(3)]
+    assert codes == ["0:0", "0:0", "2:0"], [path.read_text() for path in tmp_path.glob("out-*.txt")]
+    for name in "ab":
+        assert read_status(tmp_path / name)["state"] == "finished"
+        resolved = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        assert (resolved["seed"], resolved["track"]["wandb_group"]) == (7, f"array-{job}")
+    assert "give --array=0-1" in (tmp_path / "out-2.txt").read_text()

@@ -16,7 +16,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/unit -n 2 -m "not slow" --durations 12
-	$(BIN)/python -m pytest tests/distributed tests/cluster tests/gpu -m "not slow" --durations 25
+	$(BIN)/python -m pytest tests/distributed tests/cluster tests/slurm tests/gpu -m "not slow" --durations 25
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow

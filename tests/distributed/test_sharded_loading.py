@@ -155,7 +155,6 @@ def test_what_is_gathered_are_the_bytes_of_the_unsharded_base(base: Path, cache:
             assert torch.equal(gathered[name], expected), name
 
 
-@pytest.mark.slow
 def slow_and_failing(rank: int, config: RunConfig) -> tuple[list[str], str]:
     reader = make_placement(config, rank, 2, rank, 2).reader
     assert reader is not None
@@ -186,6 +185,7 @@ def slow_and_failing(rank: int, config: RunConfig) -> tuple[list[str], str]:
     return made, raised.value.message + damage.value.message
 
 
+@pytest.mark.slow
 def test_what_one_rank_makes_or_reads_may_take_longer_than_a_collective(base: Path, tmp_path: Path) -> None:
     launch = {"backend": "torchrun", "num_workers": 2, "collective_timeout_s": 4}
     config = sharded_config(tmp_path, base, launch=launch)
@@ -196,7 +196,6 @@ def test_what_one_rank_makes_or_reads_may_take_longer_than_a_collective(base: Pa
     assert "of a tensor" in first[1]
 
 
-@pytest.mark.slow
 def slow_node(rank: int, config: RunConfig, fails: bool) -> str:
     """Two nodes of one rank each; the second is busy for longer than any rank may be silent."""
     try:
@@ -211,6 +210,7 @@ def slow_node(rank: int, config: RunConfig, fails: bool) -> str:
     return "loaded"
 
 
+@pytest.mark.slow
 def test_a_node_may_load_longer_than_a_collective(base: Path, tmp_path: Path) -> None:
     launch = {"backend": "torchrun", "num_workers": 2, "collective_timeout_s": 4}
     config = sharded_config(tmp_path, base, launch=launch)

@@ -34,15 +34,14 @@ class _RMSNorm(torch.autograd.Function):
         return dx_BTH, None
 
 
-def fuse_norm(base: Any) -> bool:
-    """Give the last norm of a causal LM its fused forward; False where it has another form, or trains."""
+def fuse_norm(base: Any) -> None:
+    """Give the last norm of a causal LM its fused forward, unless it has another form, or trains."""
     norm: nn.Module | None = getattr(getattr(base, base.base_model_prefix, None), "norm", None)
     if type(norm).__name__ not in NORM_CLASSES or norm is None or norm.weight.requires_grad:
-        return False
+        return
 
     def forward(hidden_states: Tensor) -> Tensor:
         output: Tensor = _RMSNorm.apply(hidden_states, norm)
         return output
 
     norm.forward = forward  # type: ignore[method-assign]
-    return True

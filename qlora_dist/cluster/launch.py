@@ -25,7 +25,8 @@ def launch(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> int:
         train_name: `module:function`, what each worker runs.
 
     Returns:
-        The exit code: 0 finished, 2 after the sentence of what a person must mend, 130 after Ctrl-C, else 1.
+        The exit code: 0 finished, 2 after the sentence of what a person must mend, 130 after Ctrl-C, 143 and 138 after
+        a stop by SIGTERM and SIGUSR1, else 1.
     """
     try:
         outcome = _run(config, run_dir, train_name)
@@ -39,7 +40,7 @@ def launch(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> int:
     if outcome.traceback:
         print(redact(outcome.traceback), file=sys.stderr)
     if outcome.message:
-        failed = outcome.exit_code != 0
+        failed = outcome.exit_code in (1, 2)
         print(f"{'error: ' if failed else ''}{redact(outcome.message)}", file=sys.stderr if failed else sys.stdout)
     if outcome.exit_code == 1:
         print(f"the workers' output is in {logs_folder(run_dir)}", file=sys.stderr)

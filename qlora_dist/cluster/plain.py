@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qlora_dist.cluster.outcome import Outcome, read_outcome
 from qlora_dist.cluster.process import TRAIN, choose_device, import_function
+from qlora_dist.cluster.stop_signals import stop_on_signals
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.client import DirectClient
@@ -31,5 +32,6 @@ def run_plain(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> Outc
         rank=0, world_size=1, local_rank=0, device=choose_device(config, 0), client=client,
         run_dir=run_dir.resolve(), nonce=read_run(run_dir).nonce,
     )  # fmt: skip
-    import_function(train_name)(config, worker)
-    return read_outcome(client)
+    with stop_on_signals(run_dir) as signals:
+        import_function(train_name)(config, worker)
+    return signals.outcome(read_outcome(client))

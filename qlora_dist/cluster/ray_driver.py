@@ -26,6 +26,7 @@ from qlora_dist.cluster.nodes import room
 from qlora_dist.cluster.outcome import Outcome, read_outcome
 from qlora_dist.cluster.output import Follower, logs_folder, next_attempt, rank_log, send_output_to
 from qlora_dist.cluster.process import TRAIN, environment, import_function
+from qlora_dist.cluster.stop_signals import stop_on_signals
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.rundir import read_run
@@ -87,7 +88,8 @@ def run_with_ray(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> O
             ),
         )  # fmt: skip
         logs_folder(run_dir).mkdir(exist_ok=True)
-        error = _fit(trainer, Follower(run_dir, attempt), logs_folder(run_dir) / "ray.log")
+        with stop_on_signals(run_dir) as signals:
+            error = _fit(trainer, Follower(run_dir, attempt), logs_folder(run_dir) / "ray.log")
         cause = getattr(error, "controller_failure", error)
         if isinstance(cause, RunStopped):
             if cause.exit_code == 2:
@@ -95,7 +97,7 @@ def run_with_ray(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> O
             return read_outcome(client, cause.reason, cause.traceback)
         if error is not None:
             raise error
-        return read_outcome(client)
+        return signals.outcome(read_outcome(client))
 
 
 def run_worker(settings: dict[str, Any]) -> None:

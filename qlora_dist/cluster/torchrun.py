@@ -32,6 +32,7 @@ from qlora_dist.cluster.outcome import Outcome, read_outcome
 from qlora_dist.cluster.output import next_attempt, rank_log
 from qlora_dist.cluster.process import TRAIN, choose_device, environment, import_function
 from qlora_dist.cluster.second_start import refuse_second_start
+from qlora_dist.cluster.stop_signals import stop_on_signals
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import to_yaml
 from qlora_dist.config.schema import RunConfig
@@ -72,11 +73,11 @@ def run_with_torchrun(config: RunConfig, run_dir: Path, train_name: str = TRAIN)
             # Seconds between SIGTERM and SIGKILL; a stopped worker hears only the second.
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",
         }
-        with environment(settings):
+        with environment(settings), stop_on_signals(run_dir) as signals:
             while True:
                 reason = _run_attempt(config, run_dir, client, train_name)
                 if reason is None:
-                    return read_outcome(client)
+                    return signals.outcome(read_outcome(client))
                 answer = client.call("should_restart", message=reason, max_restarts=config.launch.max_restarts)
                 if not answer["restart"]:
                     return read_outcome(client, answer["reason"])
@@ -103,6 +104,8 @@ def _run_attempt(config: RunConfig, run_dir: Path, client: CoordinatorClient, tr
             local_addr="127.0.0.1",
             max_restarts=0,
             monitor_interval=0.1,
+            # Not SIGTERM, which stop_on_signals hears.
+            signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
             logs_specs=DefaultLogsSpecs(log_dir=agent_logs),
         )
         entry = ["-m", "qlora_dist.cluster.worker_entry", str(run_dir), str(attempt), train_name]

@@ -36,6 +36,16 @@ def ask_to_stop(run_dir: Path, reason: str) -> dict[str, Any]:
         raise UserError("run-is-over", run_dir=run_dir, state=status["state"], checkpoint=_named(last))
     if status["silent"] and status["state"] == "running":
         raise UserError("run-not-heard-of", run_dir=run_dir, seconds=status["age_s"], checkpoint=_named(last))
+    ask_at_once(run_dir, reason)
+    return status
+
+
+def ask_at_once(run_dir: Path, reason: str) -> None:
+    """`ask_to_stop` for whoever knows that the run has started and is there.
+
+    Raises:
+        UserError: it is over, or the event log cannot be written.
+    """
     decisions = Decisions(run_dir, LOCK_TIMEOUT_S)
     with decisions.deciding() as run:
         # It may have ended while the lock was waited for.
@@ -43,7 +53,6 @@ def ask_to_stop(run_dir: Path, reason: str) -> dict[str, Any]:
             raise UserError("run-is-over", run_dir=run_dir, state=run.state(), checkpoint=_named(run.last_committed()))
         if run.stop is None:
             decisions.decide("stop", reason=reason)
-    return status
 
 
 def until_over(run_dir: Path, poll_s: float = 0.5) -> Iterator[dict[str, Any]]:

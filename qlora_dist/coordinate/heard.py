@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from qlora_dist.coordinate.stragglers import Stragglers
+
 Phase = Literal["compute", "collective", "checkpoint", "setup"]
 PHASES = ("compute", "collective", "checkpoint", "setup")
 # Workers are to send a heartbeat about this often (seconds).
@@ -19,6 +21,7 @@ class Heard:
         last: rank -> its last heartbeat's fields.
         times: rank -> when that came.
         first_step: (time, step) of the first heartbeat with a step, to tell the pace from.
+        stragglers: who keeps the others waiting.
     """
 
     generation: int | None = None
@@ -27,13 +30,23 @@ class Heard:
     last: dict[int, dict[str, Any]] = field(default_factory=dict)
     times: dict[int, float] = field(default_factory=dict)
     first_step: tuple[float, int] | None = None
+    stragglers: Stragglers = field(default_factory=Stragglers)
 
-    def take(self, rank: int, now: float, fields: dict[str, Any]) -> None:
-        """Take in one heartbeat; a metric that it does not bring keeps its last value."""
+    def __post_init__(self) -> None:
+        self.stragglers.members = self.members
+
+    def take(self, rank: int, now: float, fields: dict[str, Any]) -> list[dict[str, Any]]:
+        """Take in one heartbeat; a metric that it does not bring keeps its last value.
+
+        Returns:
+            What it changes about stragglers; see `Stragglers.take`.
+        """
+        counts = fields.pop("busy", None)
         self.last[rank] = {**self.last.get(rank, {}), **fields}
         self.times[rank] = now
         if self.first_step is None and fields["step"] is not None:
             self.first_step = (now, fields["step"])
+        return [] if counts is None else self.stragglers.take(rank, now, counts)
 
     def step(self) -> int | None:
         """The furthest step that a rank told."""

@@ -21,17 +21,19 @@ def build(run_id: str, run: Run, heard: Heard, joined: list[int]) -> dict[str, A
 
     Returns:
         run_id, generation, state (starting, running, finished, failed, stopped), step, max_steps, loss,
-        tokens_per_second (sum over ranks), seconds_left, ranks (one {rank, host, pid, step, phase, age_s,
-        tokens_per_second, memory_bytes, ...} each), last_checkpoint ({folder, step, generation, time, metrics}),
-        restarts ([{generation, step, reason, planned: True for a resize}] since the job started), reason (why it
-        failed or stopped), joined (ranks of a group that is not complete yet), time (seconds since the epoch).
+        tokens_per_second (sum over ranks), stragglers ([{rank, host, pid, busy_s, usual_s, sentence}]), seconds_left,
+        ranks (one {rank, host, pid, step, phase, age_s, tokens_per_second, memory_bytes, busy_s (seconds a step outside
+        collectives), ...} each), last_checkpoint ({folder, step, generation, time, metrics}), restarts ([{generation,
+        step, reason, planned: True for a resize}] since the job started), reason (why it failed or stopped), joined
+        (ranks of a group that is not complete yet), time (seconds since the epoch).
     """
     now = time.monotonic()
     ranks = []
     for member in run.members:
         rank = member["rank"]
         age_s = now - heard.times[rank] if rank in heard.times else None
-        ranks.append({**member, **heard.last.get(rank, {}), "age_s": age_s})
+        busy_s = heard.stragglers.busy_s.get(rank)
+        ranks.append({**member, **heard.last.get(rank, {}), "busy_s": busy_s, "age_s": age_s})
     speeds = [entry["tokens_per_second"] for entry in ranks if entry.get("tokens_per_second") is not None]
     return {
         "run_id": run_id,
@@ -42,6 +44,7 @@ def build(run_id: str, run: Run, heard: Heard, joined: list[int]) -> dict[str, A
         "loss": _first(ranks, "loss"),
         "tokens_per_second": sum(speeds) if speeds else None,
         "seconds_left": heard.seconds_left(now) if run.state() == "running" else None,
+        "stragglers": list(heard.stragglers.named.values()) if run.state() == "running" else [],
         "ranks": ranks,
         "joined": joined,
     }
@@ -131,6 +134,8 @@ def read_status(run_dir: Path | str) -> dict[str, Any]:
     status = build(info.run_id, run, Heard(run.generation, run.members), [])
     if told.get("generation") == run.generation:
         status = {**told, **_durable(run)}
+        if status["state"] != "running":
+            status["stragglers"] = []
     heard_at = max(told.get("time", 0.0), run.last_time or 0.0, info.created)
     age_s = max(0.0, time.time() - heard_at)
     silent = status["state"] in ("starting", "running") and age_s > SILENT_S

@@ -185,7 +185,8 @@ class Coordinator:
             step: the optimizer step it works on.
             phase: what it does: compute, collective, checkpoint or setup.
             metrics: JSON values for the status; known ones are loss, max_steps, seconds_left, tokens_per_second
-                (this rank's), memory_bytes.
+                (this rank's), memory_bytes, and busy: (seconds outside collectives, steps, positions computed) since
+                the attempt began, from which stragglers are found.
 
         Returns:
             {"current": False when a newer generation has started (the rank is to end), "stop": True when the run is
@@ -197,9 +198,10 @@ class Coordinator:
         self._decisions.catch_up(max_age_s=0.5)
         with self._decisions.memory:
             current = generation == self._decisions.run.generation
+            stragglers: list[dict[str, Any]] = []
             if current:
                 fields = {"step": step, "phase": phase, "seconds_in_phase": seconds_in_phase, **metrics}
-                self._current().take(rank, time.monotonic(), fields)
+                stragglers = self._current().take(rank, time.monotonic(), fields)
             due = time.monotonic() - self._status_time > self._status_every_s
             answer = {
                 "current": current,
@@ -207,9 +209,18 @@ class Coordinator:
                 "hold": current and self._decisions.run.resize is not None,
                 "generation": self._decisions.run.generation,
             }
+        for change in stragglers:
+            self._tell_of_straggler(generation, change)
         if current and due:
             self._write_status()
         return answer
+
+    def _tell_of_straggler(self, generation: int, change: dict[str, Any]) -> None:
+        try:
+            self.note("straggler", generation=generation, **change)
+        except UserError as error:
+            # It is in the status, too; a full disk is reported by whoever has something to keep.
+            logger.warning("an event cannot be logged: %s", error)
 
     def who_is_missing(self, generation: int, timeout_s: float) -> Answer:
         """Whom a rank waits for whose collective took `timeout_s` seconds.

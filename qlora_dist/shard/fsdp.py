@@ -22,6 +22,7 @@ from qlora_dist.shard.frozen import BYTES, FrozenUnit
 from qlora_dist.shard.pieces import Piece, PieceOptimizer, cut, whole
 from qlora_dist.shard.strategy import FullState, OptimizerFactory
 from qlora_dist.shard.units import Unit, base_of, call_through_hooks, find_units
+from qlora_dist.shard.waits import Waits
 
 # FSDP2 before torch 2.13 lets no parameter be of integers. fp32 is copied bit for bit where bf16 and fp16 are not:
 # those pass through fp32 on their way and lose the patterns of their NaNs.
@@ -105,8 +106,10 @@ class FullyShard:
         names = trained_names(model)
         modules = {module for unit in units for module in unit.modules}
         self.units = [self._place(unit, names, modules - set(unit.modules)) for unit in units]
+        self.waits = Waits(self.device)
         for unit in self.units:
             self._fully_shard(unit)
+            self._count_waits(unit)
         self.root: Any = self.units[-1].fsdp
         self._set_prefetch([unit.fsdp for unit in self.units[:-1]])
         call_through_hooks(model, base)
@@ -181,6 +184,13 @@ class FullyShard:
         ):
             # An embedding's backward does not need its weight, and a fused head has made its gradient in the forward.
             unit.fsdp.set_unshard_in_backward(False)
+
+    def _count_waits(self, unit: ShardedUnit) -> None:
+        """On a GPU the stream waits for what was gathered or reduced, on a CPU the host while it is."""
+        group = unit.fsdp._get_fsdp_state()._fsdp_param_group
+        if group is not None:
+            names = ("wait_for_unshard", "post_backward", "finalize_backward")
+            self.waits.around(group, *(names if self.device.type == "cuda" else ("unshard", *names)))
 
     def _set_prefetch(self, in_order: list[FSDPModule]) -> None:
         for place, module in enumerate(in_order):

@@ -9,6 +9,7 @@ from qlora_dist.optim.optimizers import init_optimizer_state, take_step
 from qlora_dist.shard.clipping import norm_of
 from qlora_dist.shard.strategy import FullState, OptimizerFactory
 from qlora_dist.shard.views import FlatViews, full_state, load_full_state
+from qlora_dist.shard.waits import Waits
 
 
 class Unsharded:
@@ -24,6 +25,7 @@ class Unsharded:
         self.optimizer = make_optimizer(self.flat.pieces)
         init_optimizer_state(self.optimizer, self.flat.pieces, self.flat.in_8bit)
         self.scale: Tensor | None = None
+        self.waits = Waits(self.flat.grad_N.device)
         return model
 
     def _groups(self, parameters: dict[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:

@@ -12,6 +12,7 @@ from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.shard.frozen import Shards
 from qlora_dist.shard.replication import Frozen
+from qlora_dist.shard.waits import Waits
 
 # Of a memory budget, what offloaded shards may use of the device; gathered units and activations need the rest.
 RESIDENT_SHARE = 0.4
@@ -38,6 +39,8 @@ class Strategy(Protocol):
     optimizer: Optimizer
     # Whether a forward takes all ranks together, so that each must run as many as the others, evaluation included.
     collective_forward: bool
+    # Made by `apply`. The loop has it count `clip`; what forward and backward wait for, the strategy itself does.
+    waits: Waits
 
     def apply(self, model: nn.Module, make_optimizer: OptimizerFactory) -> nn.Module:
         """Spread `model` as the strategy does, build its optimizer, and return the module to call."""

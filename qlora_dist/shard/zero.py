@@ -25,6 +25,7 @@ from qlora_dist.shard.frozen import BYTES, FrozenUnit, Shards
 from qlora_dist.shard.pieces import PieceOptimizer, cut, whole
 from qlora_dist.shard.strategy import FullState, OptimizerFactory
 from qlora_dist.shard.units import Unit, base_of, call_through_hooks, find_units
+from qlora_dist.shard.waits import Waits
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Zero2:
             self.engine, self.zero, *_ = deepspeed.initialize(
                 model=model, optimizer=stepped, config=deepcopy(self.settings)
             )
+        self.waits = Waits(self.device)
+        self.waits.around(self.zero, "independent_gradient_partition_epilogue")
         # After DeepSpeed's own hooks, which gather.
         for unit in self.units:
             for module in unit.unit.modules:
@@ -269,6 +272,7 @@ class Zero3(Zero2):
 
         units = {module: unit for unit in self.units for module in unit.unit.modules}
         hooks = self.zero.parameter_offload
+        self.waits.around(hooks, "pre_sub_module_forward_function", "pre_sub_module_backward_function")
         fetch, release = hooks.pre_sub_module_backward_function, hooks.post_sub_module_backward_function
 
         def fetch_and_set(module: nn.Module) -> None:

@@ -164,6 +164,8 @@ def timeline(events: Records) -> list[tuple[str, str, str, str]]:
             css, text = "warn", f"{'restarting' if event['restart'] else 'not restarting'}: {event['reason']}"
         elif kind in ("resize", "resize_off"):
             label, css, text = "resize", "warn", f"{'called off: ' if kind != 'resize' else ''}{event['reason']}"
+        elif kind == "straggler":
+            css = "soft" if event["over"] else "warn"
         elif kind == "held":
             label, text = "resize", f"all workers hold still after step {event['step']}, its checkpoint committed"
         elif kind == "finished":

@@ -110,6 +110,8 @@ class View:
         elif kind == "restart":
             verb = "restarting" if event["restart"] else "not restarting"
             self.line("failed", f"{verb}: {event['reason']}", style="yellow")
+        elif kind == "straggler":
+            self.line("slow", event["message"], style="" if event["over"] else "yellow")
         elif kind == "resize":
             self.line("resize", f"{event['reason']}; a checkpoint first")
         elif kind == "resize_off":

@@ -90,6 +90,8 @@ def lines(record: dict[str, Any]) -> Iterator[Line]:
             yield "resize", f"called off: {record['reason']}", ""
         case "stop":
             yield "stop", f"asked for, a checkpoint first: {record['reason']}", "yellow"
+        case "straggler":
+            yield "straggler", record["message"], "" if record["over"] else "yellow"
         case "finished":
             summary = record["summary"]
             early = ", stopped early" if summary.get("stopped_early") else ""

@@ -10,6 +10,7 @@ import torch
 
 from qlora_dist.coordinate.client import CoordinatorClient, CoordinatorError
 from qlora_dist.coordinate.heard import HEARTBEAT_S, Phase
+from qlora_dist.shard.waits import Busy
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,7 @@ class Heartbeat:
         self.step = 0
         self.phase: Phase = "setup"
         self.metrics: dict[str, Any] = {}
+        self.busy = Busy()
         self.stop_asked = False
         self.hold_asked = False
         self._since = time.monotonic()
@@ -58,6 +60,7 @@ class Heartbeat:
                 seconds_in_phase=time.monotonic() - self._since,
                 memory_bytes=memory_bytes(self.device),
                 memory_reserved_bytes=reserved_bytes(self.device),
+                busy=self.busy,
                 **self.metrics,
             )
         except (ConnectionError, CoordinatorError) as error:

@@ -157,6 +157,8 @@ class Loop:
         """One optimizer step over one global batch."""
         progress, config = self.progress, self.config
         self.heartbeat.at(progress.step + 1, "compute")
+        waits = self.strategy.waits
+        waits.begin_step()
         packs, following = self.order.batch_at(progress.position)
         batches = [
             (batch, draw_seed(config.seed, progress.step, batch.packs[0] if batch.packs else 0))
@@ -165,15 +167,16 @@ class Loop:
         bear_loss = loss_tokens(self.train_table, packs)
         share = self.forward_and_backward(batches, bear_loss)
         self.heartbeat.at(progress.step + 1, "collective")
-        norm = self.strategy.clip(config.train.max_grad_norm, progress.loss_scale.scale)
         asked = self.heartbeat.stop_asked, self.heartbeat.hold_asked
-        if self.world_size > 1:
-            # The votes on stopping and holding ride along, so that all ranks do so after the same step.
-            totals = torch.stack([share, *(torch.full_like(share, vote) for vote in asked)])
-            dist.all_reduce(totals)
-        else:
-            totals = share.view(1)
-            self.asked_to_stop, self.asked_to_hold = asked
+        with waits:
+            norm = self.strategy.clip(config.train.max_grad_norm, progress.loss_scale.scale)
+            if self.world_size > 1:
+                # The votes on stopping and holding ride along, so that all ranks do so after the same step.
+                totals = torch.stack([share, *(torch.full_like(share, vote) for vote in asked)])
+                dist.all_reduce(totals)
+            else:
+                totals = share.view(1)
+                self.asked_to_stop, self.asked_to_hold = asked
         learning_rate = self.schedule(progress.step)
         set_learning_rate(self.strategy.optimizer, learning_rate)
         self.strategy.step(~(torch.isfinite(norm) & torch.isfinite(totals[0])))
@@ -185,6 +188,8 @@ class Loop:
             self.ahead[following] = self.fetch(following)
         # The next step's loss is multiplied by what this one says of the scale.
         self.take_up(everything=progress.loss_scale.enabled)
+        waits.end_step(sum(batch.input_ids_BT.numel() for batch, _ in batches))
+        self.heartbeat.busy = waits.busy
 
     def forward_and_backward(self, batches: list[tuple[MicroBatch, int]], bear_loss: int) -> Tensor:
         """This rank's share of the global loss; out of memory, a worker that can tries again with a leaner plan.

@@ -166,6 +166,37 @@ def stop(
         raise typer.Exit(1)
 
 
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="A YAML file, for what its run needs.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a Ray cluster, all of whose nodes are looked at.")
+    ] = None,
+    folder: Annotated[Path | None, typer.Option(help="The run folder to look at, where no CONFIG names it.")] = None,
+    port: Annotated[list[int] | None, typer.Option(help="A port that must be free here; may be repeated.")] = None,
+    limit: Annotated[float, typer.Option(min=1, help="Seconds that one rank waits for another.")] = 30.0,
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object, with all facts.")] = False,
+) -> None:
+    """Look at the machine, or at every node, before a run: a verdict and a mend for each line.
+
+    Started by torchrun or srun it looks at every rank. Exit code 1 where a line fails.
+    """
+    from qlora_dist.cluster.doctor import command, table
+
+    run_config = load_config(config, overrides or []) if config else None
+    told = command.diagnose(run_config, address, folder, port or [], limit)
+    if told is None:
+        return
+    if as_json:
+        print(json.dumps(table.as_json(*told), indent=1))
+    else:
+        table.show(told[0], Console(highlight=False))
+    raise typer.Exit(1 if table.worst(told[0]) == "fail" else 0)
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Ctrl-C ends the looking, not the run, and is no failure."""

@@ -215,7 +215,7 @@ def ports(nodes: Sequence[Node], wanted: Wanted) -> Iterator[Line]:
     found = [(node, port) for node in nodes for facts in node.ranks for port in facts.get("ports", ())]
     if not found:
         why = (
-            "a run picks its own, free ones"
+            "none is fixed: a run takes free ones"
             if wanted.address is None
             else f"the Ray cluster at {wanted.address} has its own"
         )

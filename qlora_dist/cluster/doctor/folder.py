@@ -23,7 +23,7 @@ from qlora_dist.coordinate.rundir import RUN_FILE, check_shared
 Facts = dict[str, Any]
 APPENDS = 5
 WRITES = 3
-SEEN_WAIT_S = 5.0
+SEEN_WAIT_S = 3.0
 LOCK_TIMEOUT_S = 20.0
 
 

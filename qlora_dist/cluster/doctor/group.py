@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_dist.cluster.doctor.start import STAGES, free_port, run_ranks, settings_of
+from qlora_dist.cluster.doctor.start import free_port, run_ranks, settings_of, total_s
 from qlora_dist.cluster.doctor.wanted import Wanted, slurm_port
 
 Facts = dict[str, Any]
@@ -22,7 +22,7 @@ class Place:
     """Where a launcher has put this process.
 
     Attributes:
-        node: number of the machine, or None where the launcher does not tell.
+        node: names the machine; two launchers' nodes may be one host.
         host, port: where rank 0's store is; `agent`: torchrun's agent serves it.
         attempt: tells apart the starts of one torchrun, which share a store.
     """
@@ -30,7 +30,7 @@ class Place:
     rank: int
     world_size: int
     local_rank: int
-    node: str | None
+    node: str
     host: str
     port: int
     agent: bool = False
@@ -40,12 +40,13 @@ class Place:
 def place_of(environ: Mapping[str, str]) -> Place | None:
     """This process's place among those that a launcher has started; None where there is none, or it is alone."""
     if "RANK" in environ and int(environ.get("WORLD_SIZE", 1)) > 1:
-        rank, local = int(environ["RANK"]), int(environ.get("LOCAL_RANK", 0))
-        node = environ.get("GROUP_RANK")
-        if node is None and "LOCAL_WORLD_SIZE" in environ:
-            node = str(rank // int(environ["LOCAL_WORLD_SIZE"]))
+        rank, local, host = int(environ["RANK"]), int(environ.get("LOCAL_RANK", 0)), socket.gethostname()
+        number = environ.get("GROUP_RANK")
+        if number is None and "LOCAL_WORLD_SIZE" in environ:
+            number = str(rank // int(environ["LOCAL_WORLD_SIZE"]))
         return Place(
-            rank, int(environ["WORLD_SIZE"]), local, node, environ["MASTER_ADDR"], int(environ["MASTER_PORT"]),
+            rank, int(environ["WORLD_SIZE"]), local, host if number is None else f"{host}/{number}",
+            environ["MASTER_ADDR"], int(environ["MASTER_PORT"]),
             environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True", environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
         )  # fmt: skip
     # Only a step has tasks: a batch script has a number of them, and is one process.
@@ -54,7 +55,7 @@ def place_of(environ: Mapping[str, str]) -> Place | None:
         # The hundred ports of the job; its own runs begin at the other end.
         port = slurm_port(environ) + 90 + int(environ["SLURM_STEP_ID"]) % 10
         rank, local = int(environ["SLURM_PROCID"]), int(environ["SLURM_LOCALID"])
-        return Place(rank, tasks, local, environ["SLURM_NODEID"], _slurm_head(environ), port)
+        return Place(rank, tasks, local, environ["SLURMD_NODENAME"], _slurm_head(environ), port)
     return None
 
 
@@ -82,9 +83,7 @@ def examine_group(wanted: Wanted, place: Place, ports: list[Facts], limit_s: flo
 
     from qlora_dist.cluster.doctor.meeting import Meeting, connect
 
-    host = socket.gethostname()
-    node = host if place.node is None else f"{host}/{place.node}"
-    deadline = time.monotonic() + STAGES * limit_s + LATE_S
+    deadline = time.monotonic() + total_s(limit_s) + LATE_S
     serves = place.rank == 0 and not place.agent
     try:
         store = connect(place.host, place.port, place.rank, 2 * limit_s, serves)
@@ -93,7 +92,9 @@ def examine_group(wanted: Wanted, place: Place, ports: list[Facts], limit_s: flo
         if place.rank != 0:
             print(f"rank {place.rank} does not reach rank 0 at {place.host}:{place.port}: {why}", file=sys.stderr)
             return None
-        alone = settings_of(wanted, limit_s, 0, 1, place.local_rank, node, (place.host, free_port()), spread=False)
+        alone = settings_of(
+            wanted, limit_s, 0, 1, place.local_rank, place.node, (place.host, free_port()), spread=False
+        )
         reason = f"rank 0 could not listen on {place.host}:{place.port} to hear of it"
         return [run_ranks([alone])[0] | {"ports": ports}] + [
             {"rank": rank, "node": None, "absent": reason} for rank in range(1, place.world_size)
@@ -105,7 +106,7 @@ def examine_group(wanted: Wanted, place: Place, ports: list[Facts], limit_s: flo
     meeting = everyone.hear("meeting")
     spread = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) != place.world_size
     settings = settings_of(
-        wanted, limit_s, place.rank, place.world_size, place.local_rank, node, (meeting[0], meeting[1]), spread
+        wanted, limit_s, place.rank, place.world_size, place.local_rank, place.node, (meeting[0], meeting[1]), spread
     )
     facts = run_ranks([settings])[0]
     if place.local_rank == 0:

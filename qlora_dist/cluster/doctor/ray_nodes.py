@@ -9,7 +9,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qlora_dist.cluster.actor import NAMESPACE
-from qlora_dist.cluster.doctor.start import STAGES, free_port, ranks_here, run_ranks, settings_of
+from qlora_dist.cluster.doctor.start import free_port, ranks_here, run_ranks, settings_of, total_s
 from qlora_dist.cluster.doctor.wanted import Wanted
 from qlora_dist.cluster.nodes import Node, live_nodes
 from qlora_dist.cluster.ray_driver import probe_address
@@ -28,7 +28,9 @@ def examine_cluster(wanted: Wanted, limit_s: float) -> list[Facts]:
     """
     assert wanted.address is not None
     with joined(wanted.address):
-        living = live_nodes()
+        # This one first: others are compared with it.
+        here = ray.get_runtime_context().get_node_id()
+        living = sorted(live_nodes(), key=lambda node: (node.node_id != here, node.address))
         answers = on_nodes(living, [(_count, (wanted,))] * len(living), START_S)
         found = [{"node": node["NodeManagerAddress"], "absent": "Ray has lost it"} for node in _lost(living)]
         there = [(node, answer) for node, answer in zip(living, answers, strict=True) if not isinstance(answer, str)]
@@ -43,7 +45,7 @@ def examine_cluster(wanted: Wanted, limit_s: float) -> list[Facts]:
             ]
             rank += answer["ranks"]
             calls.append((run_ranks, (settings,)))
-        answers = on_nodes([node for node, _ in there], calls, STAGES * limit_s + START_S)
+        answers = on_nodes([node for node, _ in there], calls, total_s(limit_s) + START_S)
         for (node, _), answer in zip(there, answers, strict=True):
             found += [_absent(node, answer)] if isinstance(answer, str) else answer
     return sorted(found, key=lambda facts: facts.get("rank", world_size))

@@ -14,8 +14,10 @@ from qlora_dist.cluster.doctor.machine import gpu_count
 from qlora_dist.cluster.doctor.wanted import Wanted
 
 Facts = dict[str, Any]
-# What one rank waits for another, times this, is more than all its stages may take.
-STAGES = 6
+# What one rank waits for another, times this, is more than all its stages may take where something hangs.
+STAGES = 5
+# Imports from a busy network filesystem.
+LEAST_S = 45.0
 
 
 def examine_machine(wanted: Wanted, limit_s: float) -> list[Facts]:
@@ -33,6 +35,11 @@ def examine_machine(wanted: Wanted, limit_s: float) -> list[Facts]:
 def ranks_here(wanted: Wanted) -> int:
     """How many GPUs of this machine are examined."""
     return 0 if wanted.device == "cpu" else gpu_count()
+
+
+def total_s(limit_s: float) -> float:
+    """Seconds after which a rank is ended."""
+    return max(LEAST_S, STAGES * limit_s)
 
 
 def free_port() -> int:
@@ -54,7 +61,7 @@ def settings_of(
         spread: whether the ranks are on several machines.
     """
     return {
-        "wanted": asdict(wanted), "limit_s": limit_s, "total_s": STAGES * limit_s, "rank": rank,
+        "wanted": asdict(wanted), "limit_s": limit_s, "total_s": total_s(limit_s), "rank": rank,
         "world_size": world_size, "local_rank": local_rank, "node": node, "host": meeting[0], "port": meeting[1],
         "spread": spread,
     }  # fmt: skip

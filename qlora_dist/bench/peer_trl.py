@@ -50,7 +50,7 @@ def train(model: Any, job: Job, warm_up: int, steps: int, deadline: float) -> di
         output_dir=str(job.batches.parent / "trl"), per_device_train_batch_size=input_ids_SBT.shape[1],
         max_steps=warm_up + steps, optim="adamw_8bit", learning_rate=1e-4, lr_scheduler_type="constant",
         logging_steps=1, report_to="none", save_strategy="no", max_length=job.max_length, disable_tqdm=True,
-        bf16=True, use_cpu=not on_gpu, gradient_checkpointing=True,
+        bf16=True, use_cpu=not on_gpu, gradient_checkpointing=True, gradient_accumulation_steps=1,
         gradient_checkpointing_kwargs={"use_reentrant": False}, dataset_kwargs={"skip_prepare_dataset": True},
     )  # fmt: skip
     trainer = SFTTrainer(

@@ -21,8 +21,13 @@ NAME_RELEASE_S = 30.0
 class CoordinatorActor:
     """Hosts the state machine. A restarted actor finds its state again in the run folder's event log."""
 
-    def __init__(self, run_dir: str, keep_last: int, keep_best: int):
+    def __init__(self, run_dir: str, keep_last: int, keep_best: int, prometheus_port: int | None = None):
         self._coordinator = Coordinator(Path(run_dir), keep_last, keep_best)
+        if prometheus_port is not None:
+            # Workers import this module, too.
+            from qlora_dist.track.prometheus import serve
+
+            serve(prometheus_port, self._coordinator)
 
     def handle(self, method: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Answer one message."""
@@ -82,7 +87,7 @@ def start_coordinator(config: RunConfig, run_dir: Path, run_id: str) -> RayClien
     while True:
         try:
             actor: Any = actor_class.options(**options).remote(
-                str(run_dir), config.checkpoint.keep_last, config.checkpoint.keep_best
+                str(run_dir), config.checkpoint.keep_last, config.checkpoint.keep_best, config.track.prometheus_port
             )
             return RayClient(actor)
         except ValueError as error:

@@ -12,6 +12,7 @@ from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.client import DirectClient
 from qlora_dist.coordinate.rundir import read_run
 from qlora_dist.coordinate.state import Coordinator
+from qlora_dist.track.prometheus import serving
 from qlora_dist.train.context import Worker
 
 
@@ -26,12 +27,13 @@ def run_plain(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> Outc
     """
     if config.launch.max_workers != 1:
         raise UserError("one-process-many-workers", num_workers=config.launch.num_workers)
-    client = DirectClient(Coordinator(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best))
+    coordinator = Coordinator(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
+    client = DirectClient(coordinator)
     client.call("start_job", launcher="none", host=socket.gethostname(), pid=os.getpid())
     worker = Worker(
         rank=0, world_size=1, local_rank=0, device=choose_device(config, 0), client=client,
         run_dir=run_dir.resolve(), nonce=read_run(run_dir).nonce,
     )  # fmt: skip
-    with stop_on_signals(run_dir) as signals:
+    with serving(config.track.prometheus_port, coordinator), stop_on_signals(run_dir) as signals:
         import_function(train_name)(config, worker)
     return signals.outcome(read_outcome(client))

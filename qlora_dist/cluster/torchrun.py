@@ -40,6 +40,7 @@ from qlora_dist.coordinate.client import CoordinatorClient, DirectClient, Fenced
 from qlora_dist.coordinate.rundir import open_run
 from qlora_dist.coordinate.service import CoordinatorService
 from qlora_dist.coordinate.state import Coordinator
+from qlora_dist.track.prometheus import serving
 from qlora_dist.train.context import Worker
 
 KEY_VARIABLE = "QLORA_DIST_KEY"
@@ -73,7 +74,8 @@ def run_with_torchrun(config: RunConfig, run_dir: Path, train_name: str = TRAIN)
             # Seconds between SIGTERM and SIGKILL; a stopped worker hears only the second.
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",
         }
-        with environment(settings), stop_on_signals(run_dir) as signals:
+        metrics = serving(config.track.prometheus_port, coordinator)
+        with environment(settings), metrics, stop_on_signals(run_dir) as signals:
             while True:
                 reason = _run_attempt(config, run_dir, client, train_name)
                 if reason is None:
@@ -237,8 +239,10 @@ def _host_coordinator(
     coordinator = Coordinator(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
     client = DirectClient(coordinator)
     client.call("start_job", launcher="torchrun", host=socket.gethostname(), pid=os.getpid(), session=_session())
+    metrics = serving(config.track.prometheus_port, coordinator)
     if store is None:
-        yield client, info.nonce
+        with metrics:
+            yield client, info.nonce
         return
     token, key = secrets.token_urlsafe(32), secrets.token_hex(8)
     host = "127.0.0.1" if on_one_machine(world_size) else os.environ["MASTER_ADDR"]
@@ -247,7 +251,8 @@ def _host_coordinator(
     store.set("nonce", info.nonce)
     store.set("key", key)
     try:
-        yield client, info.nonce
+        with metrics:
+            yield client, info.nonce
     finally:
         deadline = time.monotonic() + LINGER_S
         while store.add("left", 0) < world_size - 1 and time.monotonic() < deadline:

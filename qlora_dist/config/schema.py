@@ -325,6 +325,9 @@ class TrackConfig(Section):
     wandb_name: str | None = Field(None, description="`name` where unset.")
     wandb_log_adapter: bool = Field(True, description="The final adapter as an artifact of the run.")
     report: bool = Field(True, description="Write report.html at the end of the run.")
+    prometheus_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        None, description="Serve Prometheus metrics at this port of the coordinator's node, to whoever asks."
+    )
 
 
 class RunConfig(Section):

@@ -38,6 +38,7 @@ class Run:
         dead: attempt ids that began to join before another attempt became the current generation.
         members: of the current generation: one {rank, host, pid} a rank.
         committed: folder names of commits that were not removed -> their events.
+        commits: how many there were in all.
         failures: of the current generation, in order.
         restarts: decisions on restarting since the job started, in order.
     resize, held: a planned resize that is not done yet, and where all ranks hold still for it; see `resize.py`.
@@ -55,6 +56,7 @@ class Run:
     members: list[dict[str, Any]] = field(default_factory=list)
     generation_time: float | None = None
     committed: dict[str, Event] = field(default_factory=dict)
+    commits: int = 0
     failures: list[Event] = field(default_factory=list)
     restarts: list[Event] = field(default_factory=list)
     resize: Event | None = None
@@ -99,6 +101,7 @@ class Run:
                 # A stop that was asked for while workers started (again) still holds.
                 self.finished = None
             case "committed":
+                self.commits += event["folder"] not in self.committed
                 self.committed[event["folder"]] = event
             case "removed":
                 for folder in event["folders"]:

@@ -23,9 +23,9 @@ def build(run_id: str, run: Run, heard: Heard, joined: list[int]) -> dict[str, A
         run_id, generation, state (starting, running, finished, failed, stopped), step, max_steps, loss,
         tokens_per_second (sum over ranks), stragglers ([{rank, host, pid, busy_s, usual_s, sentence}]), seconds_left,
         ranks (one {rank, host, pid, step, phase, age_s, tokens_per_second, memory_bytes, busy_s (seconds a step outside
-        collectives), ...} each), last_checkpoint ({folder, step, generation, time, metrics}), restarts ([{generation,
-        step, reason, planned: True for a resize}] since the job started), reason (why it failed or stopped), joined
-        (ranks of a group that is not complete yet), time (seconds since the epoch).
+        collectives), ...} each), last_checkpoint ({folder, step, generation, time, metrics}), commits (in all),
+        restarts ([{generation, step, reason, planned: True for a resize}] since the job started), reason (why it failed
+        or stopped), joined (ranks of a group that is not complete yet), time (seconds since the epoch).
     """
     now = time.monotonic()
     ranks = []
@@ -62,6 +62,7 @@ def _durable(run: Run) -> dict[str, Any]:
         "state": run.state(),
         "reason": outcome(run)["message"],
         "last_checkpoint": None if last is None else {key: last[key] for key in keys},
+        "commits": run.commits,
         "restarts": _restarts(run),
     }
 

@@ -25,6 +25,11 @@ TRACKING: dict[str, Mendable] = {
         "end what is left of its processes by their launcher (scancel, ray job stop, kill), then run the same command "
         "again to go on",
     ),
+    "prometheus-port": Mendable(
+        "track.prometheus_port: {port} cannot be served ({error}), so this run has no Prometheus metrics",
+        "set a port that is free on the node that hosts the coordinator (two runs on one node need two), then run the "
+        "same command again",
+    ),
     "report-not-writable": Mendable(
         "the report cannot be written ({error})",
         "give another place with -o",

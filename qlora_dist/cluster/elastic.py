@@ -29,6 +29,7 @@ from qlora_dist.cluster.actor import RayClient
 from qlora_dist.cluster.group_watch import RunStopped
 from qlora_dist.cluster.nodes import Node, live_nodes, room
 from qlora_dist.cluster.output import tell
+from qlora_dist.cluster.preemption import Evacuation, FixedPolicy, nodes_of, staying
 from qlora_dist.config.errors import UserError
 
 # What a group that ended held is free again within two seconds or so; what is not free by then others hold.
@@ -65,6 +66,7 @@ class NodesPolicy(ScalingPolicy):
         self._next_look = 0.0
         self._more, self._more_since = 0, 0.0
         self._asked = False
+        self._evacuation = Evacuation(client, run_dir, self._least, self._most, self._worker)
 
     def _get_num_workers_for_resource_request(self) -> int:
         return self._most
@@ -72,7 +74,7 @@ class NodesPolicy(ScalingPolicy):
     def on_controller_start_worker_group(
         self, *, scaling_config: ScalingConfig, num_workers: int
     ) -> dict[str, str] | None:
-        """Keep workers off nodes that are dead and that Ray does not know to be."""
+        """Keep workers off nodes that will be taken away, or are dead and Ray does not know it."""
         return {"ray.io/node-id": f"in({','.join(self._place_on)})"}
 
     # Decisions
@@ -81,11 +83,12 @@ class NodesPolicy(ScalingPolicy):
         """As many workers as fit now, once at least the least number fit."""
         self._maybe_send_resource_request()
         self._asked, self._more = False, 0
+        self._evacuation.forget()
         now = time.monotonic()
         if self._waiting_since is None:
             self._waiting_since = now
         waited_s = now - self._waiting_since
-        nodes = live_nodes()
+        nodes = staying(live_nodes())
         fit, fit_empty = self._room(nodes)
         if fit >= self._least and (fit >= min(self._most, fit_empty) or waited_s > RELEASE_S):
             if self._starts and fit < self._most:
@@ -100,16 +103,22 @@ class NodesPolicy(ScalingPolicy):
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
-        """Grow where there is room: ask for a checkpoint first, and end the group only when it holds still."""
+        """Leave a node that will be taken away, and grow where there is room: a checkpoint first, and the group ends
+        only when it holds still."""
         self._maybe_send_resource_request()
         self._waiting_since = None
         workers, now = worker_group_state.num_workers, time.monotonic()
         if self._asked:
             return self._resize_when_ready(workers)
+        left = self._evacuation.look(nodes_of(worker_group_state))
+        if left is not None:
+            return self._start(staying(live_nodes()), left)
+        if self._evacuation.asked:
+            return NoopDecision()
         if workers >= self._most or now < self._next_look:
             return NoopDecision()
         self._next_look = now + LOOK_S
-        more = min(self._room(live_nodes())[0], self._most - workers)
+        more = min(self._room(staying(live_nodes()))[0], self._most - workers)
         if more != self._more:
             self._more, self._more_since = more, now
         settle_s = min(LONGEST_SETTLE_S, SETTLE_S * 2 ** max(0, self._starts - 2))
@@ -123,7 +132,7 @@ class NodesPolicy(ScalingPolicy):
         self._asked = resize["asked"]
         if not self._asked or resize["held_step"] is None:
             return NoopDecision()
-        nodes = live_nodes()
+        nodes = staying(live_nodes())
         more = min(self._room(nodes)[0], self._most - workers)
         # The next group is not asked for what this one did.
         self._more, self._asked = 0, False
@@ -172,15 +181,18 @@ class RetryLostWorkers(DefaultFailurePolicy):
 
 
 class Trainer(TorchTrainer):
-    """A TorchTrainer whose group sizes a policy may decide, and that can be ended from another thread.
+    """A TorchTrainer whose group sizes a policy of ours decides, and that can be ended from another thread.
 
     Args:
-        policy: None for a fixed number of workers.
+        policy: decides on the number of workers.
         train_loop_per_worker, arguments: as TorchTrainer's.
     """
 
     def __init__(
-        self, policy: NodesPolicy | None, train_loop_per_worker: Callable[[dict[str, Any]], None], **arguments: Any
+        self,
+        policy: NodesPolicy | FixedPolicy,
+        train_loop_per_worker: Callable[[dict[str, Any]], None],
+        **arguments: Any,
     ):
         super().__init__(train_loop_per_worker, **arguments)
         self._policy = policy
@@ -196,8 +208,7 @@ class Trainer(TorchTrainer):
         settings = {**get_env_vars_to_propagate(), "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
         actor_class: Any = ray.remote(num_cpus=0, runtime_env={"env_vars": settings})(Controller)
         parts["failure_policy"] = RetryLostWorkers(parts["failure_policy"].failure_config)
-        if self._policy is not None:
-            parts["scaling_policy"] = self._policy
+        parts["scaling_policy"] = self._policy
         self._controller = actor_class.options(scheduling_strategy=here).remote(**parts)
         ray.get(self._controller.run.remote())
         return ray.get(self._controller.get_result.remote())

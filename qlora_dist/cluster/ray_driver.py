@@ -25,6 +25,7 @@ from qlora_dist.cluster.group_watch import ATTEMPT_VARIABLE, GroupWatch, RunStop
 from qlora_dist.cluster.nodes import room
 from qlora_dist.cluster.outcome import Outcome, read_outcome
 from qlora_dist.cluster.output import Follower, logs_folder, next_attempt, rank_log, send_output_to
+from qlora_dist.cluster.preemption import FixedPolicy
 from qlora_dist.cluster.process import TRAIN, environment, import_function
 from qlora_dist.cluster.stop_signals import stop_on_signals
 from qlora_dist.config.errors import UserError
@@ -67,7 +68,11 @@ def run_with_ray(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> O
             # GPUs of one node talk over NVLink; CPU workers of one node share its memory's bandwidth.
             placement_strategy="PACK" if "GPU" in resources else "SPREAD",
         )
-        policy = NodesPolicy(scaling, client, run_dir, launch.start_timeout_s) if launch.elastic else None
+        policy = (
+            NodesPolicy(scaling, client, run_dir, launch.start_timeout_s)
+            if launch.elastic
+            else FixedPolicy(scaling, client, run_dir)
+        )
         trainer = Trainer(
             policy,
             run_worker,
@@ -164,7 +169,7 @@ def _ray_settings(config: RunConfig) -> contextlib.AbstractContextManager[None]:
         ),
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
-        # The watcher for notices that a node will be reclaimed costs a process; nothing here acts on them.
+        # Its watcher for nodes that will be reclaimed costs a process; cluster/preemption.py looks itself.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
     }

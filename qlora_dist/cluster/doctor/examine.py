@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from qlora_dist.cluster.doctor.examine_group import MENDS, bandwidths, clock, folder, gpus
 from qlora_dist.cluster.doctor.lines import Facts, Line, Node, Verdict, apart, gib, named, nodes_of, on
@@ -19,6 +20,13 @@ SPACE_BYTES = {
     "shared memory": (0, 1 << 30), "hub cache": (0, 0),
 }  # fmt: skip
 LEAST_INODES = 1000
+ROOM_MENDS = {
+    "run folder": "make room, or set output_dir elsewhere",
+    "scratch": "make room, or set TMPDIR (QLORA_DIST_SCRATCH in Slurm jobs) elsewhere",
+    "cache": "make room, or set QLORA_DIST_CACHE elsewhere",
+    "hub cache": "make room, or set HF_HOME elsewhere",
+    "shared memory": "give the container more: --shm-size=8g, or an emptyDir of medium Memory at /dev/shm",
+}
 STAGE_MENDS = {
     "torch": "run nvidia-smi there: where it hangs too, the driver needs a restart of the machine",
     "meeting": "let the nodes reach each other over TCP on all ports (firewall), by the address the launcher uses",
@@ -40,9 +48,17 @@ def examine(found: Sequence[Facts], wanted: Wanted) -> list[Line]:
     """
     nodes = nodes_of(found)
     lines = [*answered(found, nodes)]
+    # Too few GPUs are no finding of their own where ranks are missing.
+    complete = all(line.verdict == "ok" for line in lines)
     if any(node.machine for node in nodes):
         told = [node for node in nodes if node.machine]
-        lines += [*versions(told), *gpus(nodes, wanted), *memory(told), *inputs(told, wanted), *space(told, wanted)]
+        lines += [
+            *versions(told),
+            *gpus(nodes, wanted, complete),
+            *memory(told),
+            *inputs(told, wanted),
+            *space(told, wanted),
+        ]
     lines += [*folder(nodes, wanted), *clock(nodes), *ports(nodes, wanted), *bandwidths(nodes)]
     return [*lines, *wandb(nodes), *hub(nodes, wanted)]
 
@@ -82,50 +98,45 @@ def answered(found: Sequence[Facts], nodes: Sequence[Node]) -> Iterator[Line]:
 def versions(nodes: Sequence[Node]) -> Iterator[Line]:
     """Python and every package: in the supported range, and the same everywhere."""
     pythons = {node.label: node.machine["python"] for node in nodes}
-    fine = True
+    fine = []
     if len(set(pythons.values())) > 1:
-        fine = False
         # Ray refuses to join nodes of two minor versions, pickles may not cross; patches differ harmlessly.
         minors = {python.rpartition(".")[0] for python in pythons.values()}
         verdict: Verdict = "fail" if len(minors) > 1 else "warn"
-        yield Line(
-            "versions", verdict, f"python {apart(pythons)}", "use one Python on all nodes: one environment or image"
-        )
+        text = f"python {apart(pythons)}"
+        yield Line("versions", verdict, text, "use one Python on all nodes: one environment or image")
+    else:
+        fine.append(f"python {pythons[nodes[0].label]}")
     required = [Requirement(text) for text in nodes[0].machine["requires"]]
     ranges = {requirement.name: requirement.specifier for requirement in required}
+    others = 0
     for name in nodes[0].machine["versions"]:
         have = {node.label: node.machine["versions"].get(name) for node in nodes}
-        asked = ranges.get(name)
-        outside = [
-            label for label, v in have.items() if v is None or (asked and not asked.contains(v, prereleases=True))
-        ]
-        kept = next((v for label, v in have.items() if label not in outside), None)
+        asked = ranges.get(name, SpecifierSet())
+        outside = [label for label, v in have.items() if v is None or not asked.contains(v, prereleases=True)]
         if outside:
-            fine = False
-            shown = (
-                apart({label: have[label] or "missing" for label in outside}) if len(nodes) > 1 else have[outside[0]]
-            )
-            install = f"{name}=={kept.partition('+')[0]}" if kept else f"{name}{asked or ''}"
+            shown = {label: have[label] or "missing" for label in outside}
+            kept = next((v for label, v in have.items() if label not in outside and v is not None), None)
+            exact = f"=={kept.partition('+')[0]}" if kept else str(asked)
             yield Line(
-                "versions", "fail", f"{name} {shown or 'missing'}; qlora-dist needs {asked or 'it'}",
-                f"pip install '{install}'{on(outside, nodes)}",
+                "versions", "fail",
+                f"{name} {apart(shown) if len(nodes) > 1 else shown[outside[0]]}; qlora-dist needs {asked or 'it'}",
+                f"pip install '{name}{exact}'{on(outside, nodes)}",
             )  # fmt: skip
         elif len(set(have.values())) > 1:
-            fine = False
             yield Line("versions", "fail", f"{name} {apart(have)}", "install one version on all nodes, or one image")
+        elif name in MAIN:
+            fine.append(f"{name} {have[nodes[0].label]}")
+        else:
+            others += 1
     codes = {node.label: node.machine["code"] for node in nodes}
     if len(set(codes.values())) > 1:
-        fine = False
         yield Line(
             "versions", "fail", f"the source of qlora-dist differs: {apart(codes)}",
             "use one checkout, or install the same commit on all nodes",
         )  # fmt: skip
-    if fine:
-        have = nodes[0].machine["versions"]
-        main = ", ".join(f"{name} {have[name]}" for name in MAIN if name in have)
-        same = "" if len(nodes) == 1 else f", the same on {len(nodes)} nodes"
-        others = f" and {len(have) - len(MAIN)} more in range" if required else ""
-        yield Line("versions", "ok", f"python {pythons[nodes[0].label]}, {main}{others}{same}")
+    same = "" if len(nodes) == 1 else f", the same on {len(nodes)} nodes"
+    yield Line("versions", "ok", f"{', '.join(fine)}{f' and {others} more' if others else ''}{same}")
 
 
 def memory(nodes: Sequence[Node]) -> Iterator[Line]:
@@ -166,48 +177,33 @@ def inputs(nodes: Sequence[Node], wanted: Wanted) -> Iterator[Line]:
 
 def space(nodes: Sequence[Node], wanted: Wanted) -> Iterator[Line]:
     """Free space where a run writes."""
-    fine = True
+    least: dict[str, int] = {}
     for node in nodes:
         devices: dict[object, list[Facts]] = {}
         for place in node.machine["space"]:
             devices.setdefault(place["device"], []).append(place)
         for places in devices.values():
             free, inodes = places[0]["free"], places[0]["inodes"]
-            downloads = _download(node) if any(place["what"] == "hub cache" for place in places) else 0
-            low = max(downloads, *(SPACE_BYTES[place["what"]][0] for place in places), 0)
-            short = max(*(SPACE_BYTES[place["what"]][1] for place in places), 0)
-            what = named(place["what"] for place in places)
-            where = f"{what} ({named(place['path'] for place in places)}){on([node.label], nodes)}"
+            names = [str(place["what"]) for place in places]
+            downloads = _download(node) if "hub cache" in names else 0
+            low = max(downloads, *(SPACE_BYTES[name][0] for name in names), 0)
+            short = max(*(SPACE_BYTES[name][1] for name in names), 0)
+            where = f"{named(names)} ({named(place['path'] for place in places)}){on([node.label], nodes)}"
             if free < low or free < short:
-                fine = False
                 needs = f"; {wanted.hub} takes {gib(downloads)}" if downloads else ""
                 text = f"{gib(free)} of {gib(places[0]['total'])} free in {where}{needs}"
-                yield Line("space", "fail" if free < low else "warn", text, _room(places))
-            if inodes is not None and inodes < LEAST_INODES:
-                fine = False
+                yield Line("space", "fail" if free < low else "warn", text, ROOM_MENDS[names[0]])
+            elif inodes is not None and inodes < LEAST_INODES:
                 yield Line("space", "fail", f"{inodes} inodes free in {where}", "remove small files there")
-    if fine:
-        least = {
-            what: min(p["free"] for node in nodes for p in node.machine["space"] if p["what"] == what)
-            for what in dict.fromkeys(p["what"] for p in nodes[0].machine["space"])
-        }
+            else:
+                least |= {name: min(free, least.get(name, free)) for name in names}
+    if least:
         yield Line("space", "ok", ", ".join(f"{what} {gib(free)}" for what, free in least.items()) + " free")
 
 
 def _download(node: Node) -> int:
     told = node.first.get("hub", {})
     return 0 if told.get("cached") else int(told.get("bytes", 0))
-
-
-def _room(places: Sequence[Facts]) -> str:
-    mends = {
-        "run folder": "make room, or set output_dir elsewhere",
-        "scratch": "make room, or set TMPDIR (QLORA_DIST_SCRATCH in Slurm jobs) elsewhere",
-        "cache": "make room, or set QLORA_DIST_CACHE elsewhere",
-        "hub cache": "make room, or set HF_HOME elsewhere",
-        "shared memory": "give the container more: --shm-size=8g, or an emptyDir of medium Memory at /dev/shm",
-    }
-    return mends[places[0]["what"]]
 
 
 def ports(nodes: Sequence[Node], wanted: Wanted) -> Iterator[Line]:
@@ -237,7 +233,8 @@ def ports(nodes: Sequence[Node], wanted: Wanted) -> Iterator[Line]:
                 f"{other}, below /proc/sys/net/ipv4/ip_local_port_range",
             )  # fmt: skip
     if fine:
-        yield Line("ports", "ok", ", ".join(f"{port['port']} ({port['why']})" for _, port in fine) + " free")
+        free = dict.fromkeys(f"{port['port']} ({port['why']})" for _, port in fine)
+        yield Line("ports", "ok", f"{', '.join(free)} free")
 
 
 def wandb(nodes: Sequence[Node]) -> Iterator[Line]:

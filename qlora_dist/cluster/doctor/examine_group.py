@@ -20,7 +20,7 @@ WRITE_MS = 500.0
 LEAST_GB_S = {"gloo": (0.05, 0.05), "nccl": (5.0, 2.0)}
 
 
-def gpus(nodes: Sequence[Node], wanted: Wanted) -> Iterator[Line]:
+def gpus(nodes: Sequence[Node], wanted: Wanted, complete: bool = True) -> Iterator[Line]:
     """GPUs: whether there are enough that work, and what slows them."""
     if wanted.device == "cpu":
         yield Line("gpu", "skipped", "launch.device is cpu")
@@ -38,7 +38,7 @@ def gpus(nodes: Sequence[Node], wanted: Wanted) -> Iterator[Line]:
     without = [node.label for node in nodes if not any(node is other for other, _ in works)]
     if without and not broken:
         yield Line("gpu", "warn", f"no GPU{on(without, nodes)}", "leave that node out, or give its container the GPUs")
-    if wanted.workers is not None and len(works) < wanted.workers:
+    if complete and not broken and wanted.workers is not None and len(works) < wanted.workers:
         yield Line(
             "gpu", "fail", f"{len(works)} GPU(s) that work, for launch.num_workers={wanted.workers}",
             "lower launch.num_workers, or bring more",

@@ -43,14 +43,14 @@ def gpus(nodes: Sequence[Node], wanted: Wanted, complete: bool = True) -> Iterat
             "gpu", "fail", f"{len(works)} GPU(s) that work, for launch.num_workers={wanted.workers}",
             "lower launch.num_workers, or bring more",
         )  # fmt: skip
-    yield from _settings(nodes)
-    yield from _memory(works, nodes, wanted)
-    yield from _load(works, nodes)
     names = [facts["torch"]["name"] for _, facts in works]
     drivers = sorted({gpu["driver"] for node in nodes for gpu in node.machine.get("gpus", {}).get("gpus", ())})
     cuda = named({str(facts["torch"]["cuda"]) for _, facts in works})
     kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
     yield Line("gpu", "ok", f"{kinds}; driver {named(drivers) if drivers else 'unknown'}, CUDA {cuda}")
+    yield from _settings(nodes)
+    yield from _memory(works, nodes, wanted)
+    yield from _load(works, nodes)
 
 
 def _broken(nodes: Sequence[Node]) -> Iterator[Line]:

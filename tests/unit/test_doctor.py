@@ -281,6 +281,18 @@ def test_a_folder_that_nobody_named_may_be_each_node_s_own() -> None:
     assert "--folder" in line.mend
 
 
+def test_nodes_that_did_not_meet_prove_nothing_of_their_folder() -> None:
+    """Each looked at its own then, and found nothing wrong with it."""
+    found = cluster()
+    for facts in (found[0], found[2]):
+        facts["folder"] |= {"nodes": 1, "won": True, "turns": [0, 1], "lag_s": None}
+    found[2]["meeting"] = {"error": "DistNetworkError: timed out"}
+    lines = {line.check: line for line in trouble(found)}
+    assert set(lines) == {"nodes", "folder"}
+    assert "not compared between nodes" in lines["folder"].found
+    assert "rank 2 on b, meeting: DistNetworkError: timed out" in lines["nodes"].found
+
+
 def test_a_download_that_does_not_fit_is_found() -> None:
     found = cluster()
     place = {"what": "hub cache", "path": "/hf", "free": 10 * GIB, "total": 20 * GIB, "inodes": None, "device": 9}

@@ -172,6 +172,10 @@ def folder(nodes: Sequence[Node], wanted: Wanted) -> Iterator[Line]:
     used = {label: facts for label, facts in told.items() if "won" in facts and "error" not in facts}
     if not used:
         return
+    if any(facts["nodes"] < len(used) for facts in used.values()):
+        text = f"{wanted.run_dir}: not compared between nodes, which did not meet"
+        yield Line("folder", "warn", text, "mend what the line `nodes` says, then look again")
+        return
     fine = not errors
     turns = [turn for facts in used.values() for turn in facts["turns"]]
     if len(set(turns)) < len(turns):

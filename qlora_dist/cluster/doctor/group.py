@@ -115,14 +115,15 @@ def examine_group(wanted: Wanted, place: Place, ports: list[Facts], limit_s: flo
         everyone.tell(f"facts/{place.rank}", facts)
         return None
     everyone.tell("facts/0", facts)
+    names = {rank: f"facts/{rank}" for rank in range(place.world_size)}
     came = set(facts.get("meeting", {}).get("members", ()))
-    found = []
-    for rank in range(place.world_size):
-        # Whoever did not come to the meeting has had its time.
-        everyone.limit_s = max(LATE_S, deadline - time.monotonic()) if rank in came else LATE_S
-        name = f"facts/{rank}"
-        found.append(everyone.hear(name) if everyone.wait([name]) else _absent(rank, rank in came))
-    return found
+    everyone.limit_s = max(LATE_S, deadline - time.monotonic())
+    everyone.wait([names[rank] for rank in came])
+    # Whoever did not come to the meeting has had its time.
+    everyone.limit_s = LATE_S
+    everyone.wait(list(names.values()))
+    there = [rank for rank, name in names.items() if everyone.store.check([name])]
+    return [everyone.hear(names[r]) if r in there else _absent(r, r in came) for r in names]
 
 
 def _absent(rank: int, came: bool) -> Facts:

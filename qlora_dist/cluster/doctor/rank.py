@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -127,12 +128,20 @@ def stage(name: str, tell: Tell) -> Iterator[Facts]:
     tell({name: facts})
 
 
+def end_with(parent: int) -> None:
+    """End this process when the one that started it has ended."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
 def main() -> None:
     """Read the settings, tell the findings."""
     settings = json.load(sys.stdin)
-    # Whoever started this may be gone by then.
+    # Whoever started this ends it before; it ends itself too where nothing of Python's runs any more.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(int(settings["total_s"]) + 10)
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     # Libraries print what they like to stdout, gloo among them.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray.exceptions import RayActorError
 from ray.train.torch import get_device
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, ScalingConfig
 from ray.train.v2.api.config import RunConfig as RayRunConfig
@@ -36,6 +37,7 @@ POLL_S = 0.5
 PROBE_TIMEOUT_S = 5.0
 # For the controller to end, after Ctrl-C.
 END_S = 10.0
+AGAIN = "With Ray there again, the same command goes on from the last checkpoint"
 # Ray's least; nothing of ours goes through the object store.
 OBJECT_STORE_BYTES = 80 << 20
 
@@ -100,6 +102,9 @@ def run_with_ray(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> O
             if cause.exit_code == 2:
                 return Outcome(2, cause.reason)
             return read_outcome(client, cause.reason, cause.traceback)
+        if isinstance(error, RayActorError):
+            # The controller: its node is this one, whose raylet or memory has ended it, and then there is no asking.
+            return Outcome(1, f"Ray's processes on this node have ended: {str(error).splitlines()[0]} {AGAIN}")
         if error is not None:
             raise error
         return signals.outcome(read_outcome(client))

@@ -58,7 +58,34 @@ def page(document: dict[str, Any]) -> str:
         return heading(document) + kernels_tables(document)
     if document["what"] == "peers":
         return heading(document) + peers_tables(document)
-    return heading(document) + markdown_table(THROUGHPUT, document["records"])
+    return heading(document) + markdown_table(THROUGHPUT, document["records"]) + workers_table(document["records"])
+
+
+WORKERS: list[Column] = [
+    ("point", lambda row: str(row["point"])),
+    ("node", lambda row: str(row["host"])),
+    ("rank", lambda row: str(row["rank"])),
+    ("tokens/s", number("tokens_per_second", ",.1f")),
+    ("s a step outside collectives", number("busy_s", ".3f")),
+    ("peak GiB", number("peak_gib", ".1f")),
+]
+
+
+def workers_table(records: Sequence[Record]) -> str:
+    """Each node and each rank of the points with more than one worker, below the sum that they add up to."""
+    rows: list[Record] = []
+    for record in records:
+        if len(record.get("ranks", ())) < 2:
+            continue
+        point = {"point": record["name"]}
+        rows.append({**point, "host": "all", "rank": "all", "tokens_per_second": record["mean_tokens_per_second"]})
+        for node in record["nodes"]:
+            rows.append({**point, **node, "rank": "all"})
+            rows += [{**point, **rank} for rank in record["ranks"] if rank["host"] == node["host"]]
+    if not rows:
+        return ""
+    told = "Of each node and rank, all tokens of the measured steps by their seconds:"
+    return f"\n{told}\n\n{markdown_table(WORKERS, rows)}"
 
 
 def ratio(key: str) -> Callable[[Record], str]:

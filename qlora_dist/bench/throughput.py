@@ -80,7 +80,7 @@ def step_figures(run_dir: Path, warm_up: int, started: float) -> Record:
         tokens_per_second (non-padding, all ranks together) and loss_tokens_per_second, tokens_per_second_spread,
         seconds_per_step, steps (measured ones), workers, peak_allocated_gib and peak_reserved_gib (of PyTorch's
         allocator; None on a CPU), seconds_to_first_step (from `started`), notes (what the run said of memory and what
-        it noticed), losses, grad_norms.
+        it noticed), losses, grad_norms, and what `of_ranks` says.
     """
     steps = [record for record in read_metrics(run_dir) if "loss" in record]
     measured, ranks = steps[warm_up:], read_status(run_dir)["ranks"]
@@ -99,6 +99,56 @@ def step_figures(run_dir: Path, warm_up: int, started: float) -> Record:
         "notes": told_notes(run_dir),
         "losses": [step["loss"] for step in steps],
         "grad_norms": [step["grad_norm"] for step in steps],
+        **of_ranks(ranks, measured),
+    }
+
+
+def of_ranks(ranks: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> Record:
+    """What each rank told the coordinator, over those of the measured steps that it told of, the last 256 at most.
+
+    Args:
+        ranks: those of the run's status.
+        measured: their records in metrics.jsonl, a record a step.
+
+    Returns:
+        mean_tokens_per_second: all tokens of these steps by all their seconds, as metrics.jsonl has them.
+        ranks: [{rank, host, tokens_per_second (its own tokens, not padding, by the same seconds: they add up to
+        mean_tokens_per_second), busy_s (of a step, outside collectives; None in a short run), peak_gib}].
+        nodes: [{host, ranks, tokens_per_second, busy_s (of its slowest rank), peak_gib (the largest)}].
+    """
+    tokens = {rank["rank"]: dict(rank.get("step_tokens") or []) for rank in ranks}
+    counted = [step for step in measured if all(step["step"] in told for told in tokens.values())]
+    seconds = sum(step["seconds_per_step"] for step in counted)
+    if not counted or not seconds:
+        return {"mean_tokens_per_second": None, "ranks": [], "nodes": []}
+    rows: list[Record] = [
+        {
+            "rank": rank["rank"],
+            "host": rank["host"],
+            "tokens_per_second": sum(tokens[rank["rank"]][step["step"]] for step in counted) / seconds,
+            "busy_s": rank.get("busy_s"),
+            "peak_gib": rank["memory_bytes"] / 2**30,
+        }
+        for rank in ranks
+    ]
+    nodes: dict[str, list[Record]] = {}
+    for row in rows:
+        nodes.setdefault(row["host"], []).append(row)
+    return {
+        "mean_tokens_per_second": sum(s["tokens_per_second"] * s["seconds_per_step"] for s in counted) / seconds,
+        "ranks": rows,
+        "nodes": [_node(host, members) for host, members in nodes.items()],
+    }
+
+
+def _node(host: str, ranks: list[Record]) -> Record:
+    busy = [rank["busy_s"] for rank in ranks if rank["busy_s"] is not None]
+    return {
+        "host": host,
+        "ranks": [rank["rank"] for rank in ranks],
+        "tokens_per_second": sum(rank["tokens_per_second"] for rank in ranks),
+        "busy_s": max(busy, default=None),
+        "peak_gib": max(rank["peak_gib"] for rank in ranks),
     }
 
 

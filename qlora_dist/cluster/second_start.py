@@ -1,13 +1,13 @@
 """Two starts of one run: the second is refused while the first lives, and the first is told where one gets through."""
 
 import os
-import socket
 import time
 from pathlib import Path
 from typing import Any
 
 from qlora_dist.config.errors import UserError
 from qlora_dist.coordinate.heard import HEARTBEAT_S
+from qlora_dist.coordinate.host import this_host
 from qlora_dist.coordinate.report import read_status
 from qlora_dist.coordinate.rundir import EVENTS_FILE, RUN_FILE
 
@@ -45,7 +45,7 @@ def starter(run_dir: Path) -> str:
 
 
 def _may_live(rank: dict[str, Any]) -> bool:
-    if rank["host"] != socket.gethostname():
+    if rank["host"] != this_host():
         return True
     try:
         os.kill(rank["pid"], 0)

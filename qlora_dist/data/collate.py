@@ -124,6 +124,17 @@ def num_tokens(table: TokenTable, packs: Sequence[int] | np.ndarray) -> int:
     return int(table.pack_tokens[_index(packs)].sum())
 
 
+def tokens_of_ranks(
+    table: TokenTable, packs: Sequence[int] | np.ndarray, per_device_train_batch_size: int, world_size: int
+) -> np.ndarray:
+    """Tokens of a global batch without padding, int64 [world_size], as `order.micro_batches` deals them out."""
+    tokens_N = table.pack_tokens[_index(packs)]
+    rank_N = np.arange(len(tokens_N)) // per_device_train_batch_size % world_size
+    counted = np.zeros(world_size, dtype=np.int64)
+    np.add.at(counted, rank_N, tokens_N)
+    return counted
+
+
 def loss_tokens(table: TokenTable, packs: Sequence[int] | np.ndarray) -> int:
     """Loss-bearing predictions of `packs`: the denominator of the global batch's loss, without communication."""
     return int(table.pack_loss_tokens[_index(packs)].sum())

@@ -28,7 +28,8 @@ FEW_RANKS = 16
 WIDE = 140
 # A rank is heard of once a second; these stand out.
 LATE_S = 5.0
-SLOW = 0.9
+# Times the usual rank's time outside collectives.
+SLOW = 1.2
 STATE_STYLES = {
     "running": "green",
     "starting": "yellow",
@@ -97,7 +98,7 @@ def view(status: dict[str, Any], losses: Sequence[float] = (), width: int = 80) 
         shown = _outstanding(status["ranks"]) if many else status["ranks"]
         if shown:
             parts += ["", *([Text("ranks that stand out", style="dim")] if many else [])]
-            parts.append(_ranks_table(shown, _usual_speed(status["ranks"])))
+            parts.append(_ranks_table(shown, _usual_busy_s(status["ranks"])))
     return Group(*parts)
 
 
@@ -180,7 +181,7 @@ def _nodes_table(ranks: list[dict[str, Any]], width: int) -> Table:
     table.add_column("phase", no_wrap=True)
     table.add_column("heard", justify="right", no_wrap=True)
     table.add_column("tokens/s of each rank" if wide else "a rank", no_wrap=not wide)
-    usual = _usual_speed(ranks)
+    usual = _usual_busy_s(ranks)
     for host, members in _by_host(ranks).items():
         speeds = [rank["tokens_per_second"] for rank in members if rank.get("tokens_per_second")]
         memory = [rank["memory_bytes"] for rank in members if rank.get("memory_bytes")]
@@ -241,13 +242,18 @@ def _by_host(ranks: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return hosts
 
 
-def _usual_speed(ranks: list[dict[str, Any]]) -> float:
-    return statistics.median([rank["tokens_per_second"] for rank in ranks if rank.get("tokens_per_second")] or [0.0])
+def _usual_busy_s(ranks: list[dict[str, Any]]) -> float:
+    return statistics.median_low([rank["busy_s"] for rank in ranks if rank.get("busy_s")] or [0.0])
+
+
+def _is_slow(rank: dict[str, Any], usual_busy_s: float) -> bool:
+    # Ranks take equally long for a step, and tokens differ with the sequences that each gets.
+    return (rank.get("busy_s") or 0.0) > SLOW * usual_busy_s
 
 
 def _outstanding(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Ranks that are silent, slower than the others, at another step, or busy while most wait for them."""
-    usual = _usual_speed(ranks)
+    usual = _usual_busy_s(ranks)
     steps = [rank["step"] for rank in ranks if rank.get("step") is not None]
     step = statistics.mode(steps) if steps else None
     waiting = sum(rank.get("phase") == "collective" for rank in ranks) >= 0.9 * len(ranks)
@@ -255,7 +261,7 @@ def _outstanding(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def stands_out(rank: dict[str, Any]) -> bool:
         return (
             (rank.get("age_s") or 0.0) > LATE_S
-            or (rank.get("tokens_per_second") or usual) < SLOW * usual
+            or _is_slow(rank, usual)
             or (rank.get("step") is not None and step is not None and rank["step"] < step)
             or (waiting and rank.get("phase") == "compute")
         )
@@ -267,7 +273,7 @@ def _speed(rank: dict[str, Any], usual: float) -> Text:
     speed = rank.get("tokens_per_second")
     if not speed:
         return Text("-")
-    return Text(f"{speed:,.0f}", style="yellow" if speed < SLOW * usual else "")
+    return Text(f"{speed:,.0f}", style="yellow" if _is_slow(rank, usual) else "")
 
 
 def _low_high(numbers: Sequence[float], form: str) -> str:

@@ -58,7 +58,7 @@ class WandbSink:
     def write(self, row: Record) -> None:
         """Log one step."""
         if row["step"] >= self._first_step:
-            self._run.log(scalars(row), step=row["step"])
+            self._run.log(scalars(row) | {"restarts": row["attempt"] - 1}, step=row["step"])
 
     def close(self, adapter: Path | None) -> None:
         """Attach the final adapter and wait for the upload."""

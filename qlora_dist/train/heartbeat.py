@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections import deque
 from typing import Any
 
 import psutil
@@ -13,6 +14,8 @@ from qlora_dist.coordinate.heard import HEARTBEAT_S, Phase
 from qlora_dist.shard.waits import Busy
 
 logger = logging.getLogger(__name__)
+# Of how many of its last steps a rank tells at the end how many tokens it had: for benchmarks, which are short.
+STEPS_TOLD = 256
 
 
 class Heartbeat:
@@ -24,6 +27,8 @@ class Heartbeat:
         self.phase: Phase = "setup"
         self.metrics: dict[str, Any] = {}
         self.busy = Busy()
+        # (step, this rank's tokens in it), of the last steps.
+        self.steps: deque[tuple[int, int]] = deque(maxlen=STEPS_TOLD)
         self.stop_asked = False
         self.hold_asked = False
         self._since = time.monotonic()
@@ -34,6 +39,11 @@ class Heartbeat:
     def at(self, step: int, phase: Phase) -> None:
         """Note that this rank is now in `phase` of `step`."""
         self.step, self.phase, self._since = step, phase, time.monotonic()
+
+    def tell_steps(self) -> None:
+        """Report the tokens of the last steps, one by one, which only the end of a run is worth."""
+        self.metrics = self.metrics | {"step_tokens": list(self.steps)}
+        self.beat()
 
     def stop(self) -> None:
         """End the thread."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from qlora_dist.checkpoint.writer import BackgroundWriter
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import to_yaml
 from qlora_dist.config.schema import RunConfig
-from qlora_dist.data.collate import MicroBatch, collate, loss_tokens, num_tokens
+from qlora_dist.data.collate import MicroBatch, collate, loss_tokens, num_tokens, tokens_of_ranks
 from qlora_dist.data.order import GlobalOrder, Position, micro_batches
 from qlora_dist.data.tokens import TokenTable
 from qlora_dist.model.block import Block
@@ -40,12 +41,13 @@ HOLD_POLL_S = 0.1
 
 @dataclass(frozen=True)
 class Taken:
-    """What the host knows of a step that it has launched: tokens are those of the global batch."""
+    """What the host knows of a step that it has launched: tokens are those of the global batch, and of each rank."""
 
     step: int
     learning_rate: float
     num_tokens: int
     loss_tokens: int
+    tokens_of_ranks: np.ndarray
 
 
 @dataclass
@@ -72,6 +74,8 @@ class Loop:
     heartbeat: Heartbeat
     metrics: MetricsLog | None
     writer: BackgroundWriter | None
+    # The ranks of each node, for rank 0.
+    nodes: dict[str, list[int]] = field(default_factory=dict)
     blocks: Sequence[Block] = ()
     notice: Callable[[str], None] = print
     # Steps whose loss and norm have arrived.
@@ -182,7 +186,8 @@ class Loop:
         self.strategy.step(~(torch.isfinite(norm) & torch.isfinite(totals[0])))
         progress.step += 1
         progress.position = following
-        taken = Taken(progress.step, learning_rate, num_tokens(self.train_table, packs), bear_loss)
+        of_ranks = tokens_of_ranks(self.train_table, packs, config.train.per_device_train_batch_size, self.world_size)
+        taken = Taken(progress.step, learning_rate, num_tokens(self.train_table, packs), bear_loss, of_ranks)
         self.arrivals.send(taken, torch.cat([norm.view(1), totals]))
         if progress.step < self.total_steps:
             self.ahead[following] = self.fetch(following)
@@ -190,6 +195,7 @@ class Loop:
         self.take_up(everything=progress.loss_scale.enabled)
         waits.end_step(sum(batch.input_ids_BT.numel() for batch, _ in batches))
         self.heartbeat.busy = waits.busy
+        self.heartbeat.steps.append((progress.step, int(of_ranks[self.rank])))
 
     def forward_and_backward(self, batches: list[tuple[MicroBatch, int]], bear_loss: int) -> Tensor:
         """This rank's share of the global loss; out of memory, a worker that can tries again with a leaner plan.
@@ -261,19 +267,22 @@ class Loop:
             return
         losses = [loss for _, loss, _ in self.unlogged]
         seconds = time.monotonic() - self.interval_start
+        of_ranks = np.sum([taken.tokens_of_ranks for taken, *_ in self.unlogged], axis=0) / seconds
         tokens_per_second = sum(taken.num_tokens for taken, *_ in self.unlogged) / seconds
         loss_tokens_per_second = sum(taken.loss_tokens for taken, *_ in self.unlogged) / seconds
         memory = memory_bytes(self.device)
         if self.metrics is not None:
+            nodes = self.nodes if len(self.nodes) > 1 else {}
             for taken, loss, norm in self.unlogged:
                 self.metrics.write(
                     taken.step, loss=loss, grad_norm=norm, learning_rate=taken.learning_rate,
                     epoch=taken.step / self.order.steps_per_epoch, tokens_per_second=tokens_per_second,
                     loss_tokens_per_second=loss_tokens_per_second, seconds_per_step=seconds / len(losses),
                     skipped_steps=self.progress.skipped_steps, memory_bytes=memory,
+                    **{f"tokens_per_second/{host}": float(of_ranks[ranks].sum()) for host, ranks in nodes.items()},
                 )  # fmt: skip
         self.heartbeat.metrics = {
-            "tokens_per_second": tokens_per_second / self.world_size,
+            "tokens_per_second": float(of_ranks[self.rank]),
             "loss": losses[-1] if math.isfinite(losses[-1]) else None,
             "max_steps": self.total_steps, "seconds_per_step": seconds / len(losses),
         }  # fmt: skip

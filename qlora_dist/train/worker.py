@@ -3,7 +3,6 @@
 import json
 import os
 import secrets
-import socket
 import time
 from datetime import timedelta
 from functools import partial
@@ -21,6 +20,7 @@ from qlora_dist.config.errors import UserError
 from qlora_dist.config.redact import redact, redact_tree
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.client import Fenced, join_and_wait
+from qlora_dist.coordinate.host import this_host
 from qlora_dist.coordinate.rundir import check_shared
 from qlora_dist.data.order import GlobalOrder
 from qlora_dist.data.summary import data_line, data_notices, data_record, example_line, example_pieces
@@ -194,7 +194,7 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
         metrics=open_metrics(config, worker.run_dir, generation, progress.step, partial(note, "notice"))
         if lead else None,
         writer=BackgroundWriter(worker.run_dir, worker.client, generation) if lead else None,
-        blocks=blocks, notice=partial(note, "notice"),
+        nodes=ranks_of_nodes(worker) if lead else {}, blocks=blocks, notice=partial(note, "notice"),
     )  # fmt: skip
     loop.run()
     finish(loop, worker, tokenizer, generation)
@@ -232,9 +232,15 @@ def join_attempt(worker: Worker, timeout_s: float) -> int:
         The generation number that every commit of this attempt carries.
     """
     attempt = agree(worker, secrets.token_hex(8) if worker.rank == 0 else None)
-    return join_and_wait(
-        worker.client, attempt, worker.rank, worker.world_size, socket.gethostname(), os.getpid(), timeout_s
-    )
+    return join_and_wait(worker.client, attempt, worker.rank, worker.world_size, this_host(), os.getpid(), timeout_s)
+
+
+def ranks_of_nodes(worker: Worker) -> dict[str, list[int]]:
+    """The ranks of each host, as the coordinator knows them."""
+    nodes: dict[str, list[int]] = {}
+    for member in worker.client.call("status")["ranks"]:
+        nodes.setdefault(member["host"], []).append(member["rank"])
+    return nodes
 
 
 def leave_process_group(worker: Worker, failed: bool) -> None:
@@ -297,6 +303,10 @@ def finish(loop: Loop, worker: Worker, tokenizer: Any, generation: int) -> None:
             config.eval.sample_max_new_tokens, loop.compute_dtype, worker.device, together,
         )  # fmt: skip
         samples = mine if together else gather_in_turn(worker, mine)
+    loop.heartbeat.tell_steps()
+    if worker.world_size > 1:
+        # What is told after rank 0 has finished would come too late for the last status.
+        dist.all_reduce(torch.zeros(1))
     if worker.rank == 0:
         refuse_if_fenced(loop.heartbeat)
         assert loop.metrics is not None

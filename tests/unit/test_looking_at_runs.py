@@ -33,12 +33,12 @@ def cluster_status(nodes: int, per_node: int) -> dict[str, Any]:
         {
             "rank": rank, "host": f"gpu-node-{rank // per_node:02d}.cluster.example", "pid": 20000 + rank, "step": 1240,
             "phase": "collective", "age_s": 0.5, "tokens_per_second": 800.0 + rank % 7, "memory_bytes": 62 << 30,
-            "seconds_per_step": 2.5,
+            "seconds_per_step": 2.5, "busy_s": 1.8 + 0.01 * (rank % 7),
         }
         for rank in range(nodes * per_node)
     ]  # fmt: skip
     if len(ranks) > 40:
-        ranks[17] |= {"phase": "compute", "tokens_per_second": 600.0}
+        ranks[17] |= {"phase": "compute", "busy_s": 2.4}
         ranks[40] |= {"age_s": 42.0, "step": 1238}
     return {
         "run_id": "20261122-061201-3fa9c1", "state": "running", "generation": 2, "time": time.time(), "age_s": 0.4,

@@ -73,6 +73,12 @@ def logged(run_dir: Path) -> Values:
     return Counter((k, r["step"], v) for r in read_metrics(run_dir) for k, v in scalars(r).items())
 
 
+def charted(run_dir: Path) -> Values:
+    """The same with what W&B gets beside: how many restarts there were up to each step."""
+    attempts = {record["step"]: record["attempt"] for record in read_metrics(run_dir)}
+    return logged(run_dir) + Counter(("restarts", step, attempt - 1) for step, attempt in attempts.items())
+
+
 def in_single_precision(values: Values, name: Callable[[str], str] = lambda name: name) -> Values:
     return Counter({(name(k), s, struct.unpack("f", struct.pack("f", v))[0]): n for (k, s, v), n in values.items()})
 
@@ -132,7 +138,9 @@ def test_after_two_restarts_every_metric_and_step_once(tiny_model: Path, tmp_pat
     assert {s for k, s in steps if k == "loss"} == set(range(1, 10))
     assert {s for k, s in steps if k == "eval_loss"} == {0, 3, 6, 9}
     assert in_single_precision(expected, tensorboard_tag) == in_single_precision(tensorboard_values(run_dir))
-    assert wandb_values(run_dir) == expected
+    assert wandb_values(run_dir) == charted(run_dir)
+    restarts = {step: value for name, step, value in wandb_values(run_dir) if name == "restarts"}
+    assert [restarts[step] for step in (3, 4, 6, 7, 9)] == [0, 1, 1, 2, 2]
 
 
 def test_wandb_gets_config_adapter_and_one_run_id(tiny_model: Path, tmp_path: Path) -> None:
@@ -197,7 +205,7 @@ def test_without_network_an_online_run_becomes_an_offline_folder(
     started = time.monotonic()
     assert train_here(config)["state"] == "finished"
     assert time.monotonic() - started < 45
-    assert wandb_values(config.run_dir) == logged(config.run_dir)
+    assert wandb_values(config.run_dir) == charted(config.run_dir)
     events = [json.loads(line) for line in (config.run_dir / "events.jsonl").read_text().splitlines()]
     assert sum("W&B cannot be reached" in event.get("message", "") for event in events) == 1
 
@@ -225,5 +233,5 @@ def test_a_run_folder_that_was_copied_starts_its_sinks_anew(tiny_model: Path, tm
     shutil.copytree(config.run_dir, tmp_path / "copy")
     longer = tracked(tmp_path / "copy", tiny_model, train={"max_steps": 4, "lr_scheduler_type": "constant"})
     train_here(longer)
-    assert wandb_values(longer.run_dir) == logged(longer.run_dir)
+    assert wandb_values(longer.run_dir) == charted(longer.run_dir)
     assert set(tensorboard_values(longer.run_dir).values()) == {1}

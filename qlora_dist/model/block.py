@@ -32,12 +32,13 @@ class Plan:
     """What a layer keeps from its forward for its backward; the rest is computed again.
 
     attention: q, k, v and the attention's output. gate_up: the inputs of SwiGLU. weights: the frozen weights in the
-    compute dtype, from step to step.
+    compute dtype, from step to step. norms: what both norms gave.
     """
 
     attention: bool = True
     gate_up: bool = True
     weights: bool = False
+    norms: bool = False
 
 
 KEEP_ALL, RECOMPUTE_ALL = Plan(), Plan(attention=False, gate_up=False)
@@ -115,6 +116,7 @@ class Attended:
     result: Tensor
     raw_MN: Tensor | None
     head_rstd: tuple[Tensor, Tensor] | None
+    normed_MW: Tensor | None
 
 
 class _BlockFunction(torch.autograd.Function):
@@ -126,7 +128,7 @@ class _BlockFunction(torch.autograd.Function):
         x_MH = x_BTH.reshape(-1, x_BTH.shape[-1])
         kept = attend(block, inputs, x_BTH.shape, x_MH, qkv_f, differentiable=plan.attention)
         x1_MH, out_xa = attention_output(block, kept.result, x_MH, out_f)
-        gu_MW, gu_xa, rstd_M = gate_and_up(block, x1_MH, gu_f)
+        gu_MW, gu_xa, rstd_M, normed_MW = gate_and_up(block, x1_MH, gu_f)
         h_MW = block.down.room(x_MH.shape[0], x_MH)
         swiglu(*halves(block, gu_MW), h_MW[:, : block.down.K])
         # The output is no view: FSDP hangs its hook on it.
@@ -137,7 +139,7 @@ class _BlockFunction(torch.autograd.Function):
         ctx.attended = kept if plan.attention else None
         ctx.x1 = x1_MH if plan.attention else None
         ctx.out_xa = out_xa if plan.attention else None
-        ctx.gate_up = (gu_MW, gu_xa, rstd_M) if plan.gate_up else None
+        ctx.gate_up = (gu_MW, gu_xa, rstd_M, normed_MW) if plan.gate_up else None
         ctx.down_xa = block.down.low_rank(h_MW)
         return y_BTH
 
@@ -151,7 +153,7 @@ class _BlockFunction(torch.autograd.Function):
         if kept is None:
             kept = attend(block, ctx.inputs, ctx.shape, x_MH, qkv_f)
             x1_MH, out_xa = attention_output(block, kept.result, x_MH, out_f)
-        gu_MW, gu_xa, rstd2_M = ctx.gate_up or gate_and_up(block, x1_MH, gu_f)
+        gu_MW, gu_xa, rstd2_M, n_MW = ctx.gate_up or gate_and_up(block, x1_MH, gu_f)
         ctx.attended = ctx.x1 = ctx.out_xa = ctx.gate_up = None
 
         dy_MW = widened(dy_BTH, block.down)
@@ -163,7 +165,8 @@ class _BlockFunction(torch.autograd.Function):
         del dh_MF
         dn_MH = block.gate_up.input_gradient(gu_MW, gu_f)
         norm2 = block.layer.post_attention_layernorm
-        n_MW, _ = normed(norm2, x1_MH, block.gate_up)
+        if n_MW is None:
+            n_MW, _ = normed(norm2, x1_MH, block.gate_up)
         gu_g = block.gate_up.factor_gradients(gu_MW, n_MW[:, : block.gate_up.K], gu_xa)
         del gu_MW, gate_MF, up_MF, n_MW
         dx1_MW = block.output.output_room(x_MH.shape[0], x_MH)
@@ -177,7 +180,9 @@ class _BlockFunction(torch.autograd.Function):
         dqkv_MW = attention_backward(block, ctx.inputs, kept, da_MK, x_MH)
         del da_MK, a_MK
         norm1 = block.layer.input_layernorm
-        n1_MW, _ = normed(norm1, x_MH, block.qkv)
+        n1_MW = kept.normed_MW
+        if n1_MW is None:
+            n1_MW, _ = normed(norm1, x_MH, block.qkv)
         n1_MK = n1_MW[:, : block.qkv.K]
         if not ctx.needs_input_grad[2]:
             qkv_g = block.qkv.factor_gradients(dqkv_MW, n1_MK, kept.xa_MR, qkv_f)
@@ -243,12 +248,15 @@ def attention_output(block: Block, result: Tensor, x_MH: Tensor, factors: Sequen
     return x1_MH, block.output.low_rank(a_MW)
 
 
-def gate_and_up(block: Block, x1_MH: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gate and up in the first columns of [M, N + P], their low rank products, and 1 / rms of their input [M]."""
+def gate_and_up(block: Block, x1_MH: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gate and up in the first columns of [M, N + P], their low rank products, 1 / rms of x1 [M], and x1 normed.
+
+    The last is as of `normed`, None where the plan does not keep it.
+    """
     n_MW, rstd_M = normed(block.layer.post_attention_layernorm, x1_MH, block.gate_up)
     gu_MW = block.gate_up.output_room(x1_MH.shape[0], x1_MH)
     block.gate_up.forward(n_MW, factors, out_MN=gu_MW[:, : block.gate_up.N])
-    return gu_MW, block.gate_up.low_rank(n_MW), rstd_M
+    return gu_MW, block.gate_up.low_rank(n_MW), rstd_M, n_MW if block.plan.norms else None
 
 
 def halves(block: Block, gu_MW: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,6 +277,7 @@ def attend(
     n_MW, rstd_M = normed(block.layer.input_layernorm, x_MH, block.qkv)
     y_MN = block.qkv.forward(n_MW, factors)
     xa_MR = block.qkv.low_rank(n_MW)
+    normed_MW = n_MW if block.plan.norms else None
     del n_MW
     raw_MN, head_rstd = None, None
     if block.normed_heads:
@@ -284,7 +293,7 @@ def attend(
     )
     with torch.set_grad_enabled(differentiable):
         result = attention(block, q, k, v, inputs)
-    return Attended(xa_MR, rstd_M, (q, k, v), result, raw_MN, head_rstd)
+    return Attended(xa_MR, rstd_M, (q, k, v), result, raw_MN, head_rstd, normed_MW)
 
 
 def attention(block: Block, q: Tensor, k: Tensor, v: Tensor, inputs: dict[str, Any]) -> Tensor:

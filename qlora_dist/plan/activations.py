@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 # What a layer can keep, beside its input. attention: q, k, v, the attention's output and the residual stream after it.
-# gate_up: the inputs of SwiGLU. weights: the frozen weights, dequantised, from step to step.
-Kind = Literal["attention", "gate_up", "weights"]
-KINDS: tuple[Kind, ...] = ("gate_up", "attention", "weights")
+# gate_up: the inputs of SwiGLU. weights: the frozen weights, dequantised, from step to step. norms: what they gave.
+Kind = Literal["attention", "gate_up", "weights", "norms"]
+KINDS: tuple[Kind, ...] = ("gate_up", "attention", "weights", "norms")
 
 # Rates of an H100, which say in what order kinds are worth their memory; a slower GPU divides all of them alike.
 GEMM_FLOPS, FP8_GEMM_FLOPS, ATTENTION_FLOPS, BYTES_PER_SECOND = 7e14, 11e14, 4.5e14, 2.7e12
@@ -58,11 +58,13 @@ def gains(shape: LayerShape, tokens: int, length: int, element_size: int, fp8: b
     looking = 2 * tokens * length * shape.queries
     # 4-bit weights are read and written out, in the forward and in the backward.
     unpacked = 2 * shape.weights * (0.52 + (1 if fp8 else element_size)) / BYTES_PER_SECOND
+    norms = 2 * tokens * shape.hidden * element_size
     gemm_flops = FP8_GEMM_FLOPS if fp8 else GEMM_FLOPS
     return {
         "gate_up": Gain(gate_up * element_size, 4 * tokens * shape.hidden * shape.intermediate / gemm_flops),
         "attention": Gain(attention * element_size, projections / gemm_flops + looking / ATTENTION_FLOPS),
         "weights": Gain(shape.weights * (2 if fp8 else element_size), unpacked),
+        "norms": Gain(norms, 2 * norms / BYTES_PER_SECOND),
     }
 
 
@@ -79,6 +81,9 @@ def choose(layers: Sequence[dict[Kind, Gain]], room: float, kinds: Iterable[Kind
     ]
     kept: list[set[Kind]] = [set() for _ in layers]
     for _, number, kind, size in sorted(wanted, key=lambda item: (item[0], item[1]), reverse=True):
+        # What is computed again makes its norm again on the way.
+        if kind == "norms" and not kept[number] >= {"attention", "gate_up"}:
+            continue
         if size <= room:
             kept[number].add(kind)
             room -= size
@@ -89,7 +94,12 @@ def describe(kept: Sequence[frozenset[Kind]]) -> str:
     """One line for a person: how many layers keep what."""
     if not kept:
         return "no fused layers"
-    names: dict[Kind, str] = {"gate_up": "gate and up", "attention": "attention", "weights": "dequantised weights"}
+    names: dict[Kind, str] = {
+        "gate_up": "gate and up",
+        "attention": "attention",
+        "weights": "dequantised weights",
+        "norms": "norms",
+    }
     parts = []
     for kind, name in names.items():
         count = sum(kind in layer for layer in kept)

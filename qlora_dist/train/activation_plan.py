@@ -227,7 +227,7 @@ def _least(number: float, device: torch.device) -> float:
 
 def _use(blocks: Sequence[Block], kept: Sequence[frozenset[Kind]]) -> str:
     for block, kinds in zip(blocks, kept, strict=True):
-        block.set_plan(Plan("attention" in kinds, "gate_up" in kinds, "weights" in kinds))
+        block.set_plan(Plan(**{kind: kind in kinds for kind in KINDS}))
     return describe(kept)
 
 

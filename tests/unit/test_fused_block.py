@@ -37,7 +37,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "smollm3": lambda: SmolLM3Config(**SIZES, no_rope_layers=[1, 0], pad_token_id=0),
 }
 PLANS = {"keep": KEEP_ALL, "recompute": RECOMPUTE_ALL, "gate and up again": Plan(gate_up=False),
-         "attention again": Plan(attention=False), "weights kept": Plan(weights=True),
+         "attention again": Plan(attention=False), "weights kept": Plan(weights=True), "norms kept": Plan(norms=True),
          "weights alone": Plan(attention=False, gate_up=False, weights=True)}  # fmt: skip
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all linear": dict(r=4, lora_alpha=12, target_modules="all-linear"),

@@ -133,7 +133,7 @@ def read_status(run_dir: Path | str) -> dict[str, Any]:
         run.apply(event)
     told = _last_told(run_dir)
     status = build(info.run_id, run, Heard(run.generation, run.members), [])
-    if told.get("generation") == run.generation:
+    if told and told.get("generation") == run.generation:
         status = {**told, **_durable(run)}
         if status["state"] != "running":
             status["stragglers"] = []

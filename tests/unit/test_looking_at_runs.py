@@ -12,6 +12,7 @@ from rich.console import Console
 from qlora_dist.config.errors import UserError
 from qlora_dist.coordinate.replay import DECISIONS, Run
 from qlora_dist.coordinate.report import read_status
+from qlora_dist.coordinate.rundir import open_run
 from qlora_dist.coordinate.stop import ask_to_stop, is_over, until_over
 from qlora_dist.track.terminal_log import lines, ranges, show_log
 from qlora_dist.track.terminal_status import span, spark, view, watch
@@ -103,6 +104,12 @@ def test_stopping_what_is_no_run_or_was_killed_is_a_sentence(
     assert is_over(status)
     assert not is_over(status | {"state": "starting"}), "a queue may take its time"
     assert not is_over(status | {"state": "failed", "age_s": 1.0}), "it may be started again"
+
+
+def test_a_run_that_nobody_has_started_yet_has_a_whole_status(tmp_path: Path) -> None:
+    open_run(tmp_path, "x: 1\n")
+    status = read_status(tmp_path)
+    assert (status["state"], status["step"], status["max_steps"], status["ranks"]) == ("starting", None, None, [])
 
 
 def test_a_stop_asked_for_while_workers_start_again_holds_for_them() -> None:

@@ -102,7 +102,7 @@ class Waits:
             return
         if not self.on_cuda:
             self._waited_s += time.perf_counter() - self._waiting_since
-        elif self._step is not None and self._before is not None:
+        elif self._step is not None and self._before is not None and kind is None:
             self._step.stretches.append((self._before, _event()))
         self._before = None
 

@@ -58,6 +58,8 @@ def test_ranks_and_nodes_of_a_real_run_add_up(tiny_model: Path, tmp_path: Path) 
     told = of_ranks(status["ranks"], records[2:])
     total = sum(r["tokens_per_second"] * r["seconds_per_step"] for r in records[2:])
     assert told["mean_tokens_per_second"] == total / sum(r["seconds_per_step"] for r in records[2:])
+    for rows in (status["ranks"], told["ranks"], told["nodes"]):
+        assert rows[0]["tokens_per_second"] > 1.2 * rows[1]["tokens_per_second"]
     for rows in (told["ranks"], told["nodes"]):
         assert sum(row["tokens_per_second"] for row in rows) == pytest.approx(told["mean_tokens_per_second"], rel=1e-9)
 

@@ -14,7 +14,6 @@ from tests.distributed.group import train_in_group
 from tests.single import small_config
 
 SLEEP_S, LAYERS, STEPS = 0.05, 2, 8
-STRATEGIES = ["ddp", "fsdp", "zero2", "zero3"]
 FOLDER_VARIABLE = "QLORA_DIST_TEST_BUSY"
 
 
@@ -48,8 +47,9 @@ def usual_step(file: Path) -> tuple[float, float]:
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.parametrize("strategies", [["ddp", "fsdp"], pytest.param(["zero2", "zero3"], marks=pytest.mark.slow)])
 def test_the_slow_rank_is_busy_and_the_other_waits(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategies: list[str]
 ) -> None:
     """Two sleeps of 50 ms a step are rank 1's own, and not rank 0's: nearly, as the machine is shared."""
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
@@ -60,10 +60,10 @@ def test_the_slow_rank_is_busy_and_the_other_waits(
             train={"max_steps": STEPS, "global_batch_size": 4}, checkpoint={"save_steps": 100},
             track={"tensorboard": False},
         )
-        for strategy in STRATEGIES
+        for strategy in strategies
     ]  # fmt: skip
     train_in_group(configs, 2, slow_layers)
-    for strategy in STRATEGIES:
+    for strategy in strategies:
         quick, slow = [usual_step(tmp_path / f"{strategy}-{rank}.jsonl") for rank in (0, 1)]
         assert quick[1] > 100 * STEPS
         assert slow[0] > LAYERS * SLEEP_S

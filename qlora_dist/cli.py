@@ -177,7 +177,7 @@ def doctor(
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="The run folder to look at, where no CONFIG names it.")] = None,
     port: Annotated[list[int] | None, typer.Option(help="A port that must be free here; may be repeated.")] = None,
-    limit: Annotated[float, typer.Option(min=1, help="Seconds that one rank waits for another.")] = 30.0,
+    limit: Annotated[float, typer.Option(min=1, help="Seconds that one rank waits for another.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object, with all facts.")] = False,
 ) -> None:
     """Look at the machine, or at every node, before a run: a verdict and a mend for each line.
@@ -231,6 +231,8 @@ def show_status(state: dict[str, Any], console: Console) -> None:
             f"step {_or_dash(restart['step'])}: {restart['reason']}",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
+    for straggler in state.get("stragglers", []):
+        console.print(straggler["sentence"], style="yellow", highlight=False, markup=False, soft_wrap=True)
     if state.get("ranks"):
         table = Table("rank", "host", "pid", "step", "phase", "tokens/s", "memory", "heard of", box=None)
         for rank in state["ranks"]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from qlora_dist.cli import show_status
 from qlora_dist.coordinate.log import EventLog
 from qlora_dist.coordinate.report import read_status
 from qlora_dist.coordinate.rundir import EVENTS_FILE, open_run
@@ -132,6 +133,9 @@ def test_the_coordinator_tells_of_it(run: tuple[Path, Coordinator], monkeypatch:
             assert told["sentence"].startswith("rank 1 (host n2, pid 101) keeps the others waiting")
             assert [rank["busy_s"] for rank in status["ranks"]] == pytest.approx([0.1, 0.3])
             assert "busy" not in status["ranks"][0]
+            shown = Console(file=io.StringIO(), width=80)
+            show_status(status, shown)
+            assert f"\n{told['sentence']}\n" in shown.file.getvalue()  # type: ignore[attr-defined]
     assert c.status()["stragglers"] == []
     events = [event for event in EventLog(folder / EVENTS_FILE).read_new() if event["kind"] == "straggler"]
     assert [(event["rank"], event["host"], event["over"]) for event in events] == [(1, "n2", False), (1, "n2", True)]

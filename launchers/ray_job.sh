@@ -6,7 +6,7 @@
 #   launchers/ray_job.sh configs/llama-3.1-8b.yaml output_dir=/shared/runs/a train.max_steps=500
 #
 # The same command again resumes the run. Ctrl-C leaves it running; `qlora-dist stop /shared/runs/a`, on any machine
-# that sees the folder, stops it with a checkpoint; `ray job stop` kills it, which costs the steps since the last one.
+# that sees the folder, stops it with a checkpoint, and so does `ray job stop` where that takes less than 120 s.
 # `qlora-dist submit ray` does the same and asks for a checkpoint on Ctrl-C.
 #
 # The configuration travels to the cluster, secrets do not: nodes need HF_TOKEN, WANDB_API_KEY and the like of their own.
@@ -25,5 +25,5 @@ qlora-dist config show --absolute "$config" "$@" launch.backend=ray launch.addre
 ray job submit \
   --address "${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}" \
   --working-dir "$folder" \
-  --runtime-env-json '{"env_vars": {"PYTHONUNBUFFERED": "1"}}' \
+  --runtime-env-json '{"env_vars": {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": "120"}}' \
   -- "$python" -m qlora_dist.cli train config.yaml

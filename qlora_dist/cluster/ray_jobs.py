@@ -37,6 +37,8 @@ PATIENCE_S = 60.0
 FINISH_S = 10.0
 # For the small job that passes a stop on.
 STOP_JOB_S = 120.0
+# From the SIGTERM of `ray job stop` to the SIGKILL: time for a checkpoint, where Ray gives 3 s.
+NOTICE_S = "120"
 NOT_SENT = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
 
 
@@ -94,7 +96,7 @@ def submit(client: "JobSubmissionClient", config: RunConfig, python: str = "pyth
             submission_id,
             f"{shlex.quote(python)} -m qlora_dist.cli train config.yaml",
             # Unbuffered, so that the stream shows lines as they are written.
-            {"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1"}},
+            {"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": NOTICE_S}},
             {"run_dir": str(config.run_dir)},
         )
 

@@ -6,6 +6,7 @@ their environment.
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -207,6 +208,30 @@ def test_a_job_streams_stops_with_a_checkpoint_and_goes_on_when_submitted_again(
         assert secret not in "".join(streamed) + said
         assert not holding(run_dir, secret)
         assert not holding(cluster.folder, secret)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("script", [False, True], ids=["submit ray", "ray_job.sh"])
+def test_ray_job_stop_is_a_checkpoint(script: bool, tiny_model: Path, tmp_path: Path, cluster: Cluster) -> None:
+    """Ray's own way to end a job: SIGTERM, and time to heed it."""
+    run_dir = tmp_path / "run"
+    words = settings(run_dir, f"model.name={tiny_model}")
+    process = cluster.ray_job_sh(*words) if script else cluster.submit(*words)
+    wait_until(lambda: run_dir.exists() and (read_status(run_dir)["step"] or 0) > 3, 120)
+    address = {"RAY_API_SERVER_ADDRESS": cluster.url}
+    listed = subprocess.run(
+        [BIN / "ray", "job", "list"], env=cluster.inside | address, capture_output=True, text=True, timeout=60
+    )
+    job = re.search(r"submission_id='([^']+)'", listed.stdout + listed.stderr)
+    assert job is not None, listed.stdout + listed.stderr
+    subprocess.run([BIN / "ray", "job", "stop", job[1]], env=cluster.inside | address, timeout=60, capture_output=True)
+    said, _ = process.communicate(timeout=60)
+    status = read_status(run_dir)
+    assert (status["state"], status["last_checkpoint"]["step"]) == ("stopped", status["step"]), said
+    assert "stopped by SIGTERM after a checkpoint; the same command goes on from it" in said
+    # Ray's own command counts a job that was stopped as a success.
+    assert process.returncode == (0 if script else 130)
 
 
 @pytest.mark.parametrize(

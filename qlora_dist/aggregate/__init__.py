@@ -1,0 +1,1 @@
+"""Adapters in, adapter out: averaging, outer optimizers, merging methods."""

@@ -38,7 +38,11 @@ ask_to_stop() {
     # Another code is that of its own death.
     if (($? == 1)); then
         say "the run did not end within $STOP_S s; it goes on from its last checkpoint"
-        kill -TERM "${PIDS[@]}"
+        # The first makes `train` ask once more, the second ends it.
+        for _ in 1 2; do
+            kill -TERM "${PIDS[@]}" 2>/dev/null
+            sleep 1
+        done
     fi
 }
 
@@ -109,15 +113,22 @@ on_all_nodes() {
     PIDS+=("$!")
 }
 
-# A Ray cluster over the allocation; whoever has not the token is refused.
+# A Ray cluster over the allocation; whoever has not the token is refused. Fails where the nodes do not join.
 start_ray() {
+    local waiter
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$LOGS/ray-token RAY_ADDRESS=$HEAD_ADDRESS:$BASE_PORT
     (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH") || exit 1
     on_all_nodes ray >"$LOGS/ray.log" 2>&1
-    if ! ask wait-ray "$RAY_ADDRESS" "$SLURM_JOB_NUM_NODES" "$JOIN_S"; then
-        say "the nodes did not join a Ray cluster within $JOIN_S s; see $LOGS/ray.log"
-        exit 1
-    fi
+    ask wait-ray "$RAY_ADDRESS" "$SLURM_JOB_NUM_NODES" "$JOIN_S" &
+    waiter=$!
+    while kill -0 "$waiter" 2>/dev/null; do
+        # Where Slurm does not start the nodes' step, or one has failed, nobody will join.
+        kill -0 "${PIDS[-1]}" 2>/dev/null || kill -KILL "$waiter" 2>/dev/null
+        sleep 0.5
+    done
+    await "$waiter" && return
+    say "the nodes did not join a Ray cluster within $JOIN_S s; see $LOGS/ray.log"
+    return 1
 }
 
 # run_train CONFIG [OVERRIDES]: `qlora-dist train` over the allocation; ends the script with its exit code.
@@ -129,7 +140,7 @@ run_train() {
     RUN_DIR=$(ask run-dir "${words[@]}") || exit
     case $LAUNCHER in
         ray)
-            start_ray
+            start_ray || finish_up 1
             words+=("launch.backend=ray" "launch.address=$RAY_ADDRESS")
             # A signal that came before there was something to stop.
             [[ -z $NOTICE ]] || finish_up 143
@@ -160,7 +171,7 @@ run_train() {
 run_bench() {
     LAUNCHER=ray
     prepare
-    start_ray
+    start_ray || exit 1
     "${RUN[@]}" qlora_dist.cli bench throughput --scratch "$LOGS/scratch" --out "$LOGS/bench-throughput.json" \
         --set launch.backend=ray --set "launch.address=$RAY_ADDRESS" --set "launch.num_workers=$WORLD_SIZE_WANTED" \
         "$@" &

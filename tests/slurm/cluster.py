@@ -155,6 +155,10 @@ class Slurm:
     def release(self, job: str) -> dict[str, str]:
         """`job`, which is let go where Slurm holds it back for two minutes after a requeue; a test need not wait."""
         found = self.job(job)
+        if found["JobState"] in ENDED:
+            # On its way through a requeue a job looks ended for a moment.
+            time.sleep(2)
+            found = self.job(job)
         if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
             self.command("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
         return found

@@ -88,13 +88,18 @@ def test_no_sbatch_on_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
         submit("#!/bin/bash\n")
 
 
-def test_the_command_prints(tmp_path: Path) -> None:
+def test_the_command_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes, GPUs and time of the configuration, and no secret of the environment."""
+    secrets = {"HF_TOKEN": "canary-hub", "WANDB_API_KEY": "canary-wandb", "RAY_AUTH_TOKEN": "canary-ray"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"model": {"name": "m"}, "data": {"train": "d"}, "launch": {"num_workers": 8}}))
     done = cli("submit", "slurm", str(path), "--print", "--gpus-per-node", "4", "--time", "5", "--", "name=other")
     assert done.returncode == 0, done.stderr
     told = options(done.stdout)
     assert (told["nodes"], told["gpus-per-node"], told["time"], told["job-name"]) == ("2", "4", "5", "other")
+    assert "canary" not in done.stdout + done.stderr
 
 
 def cli(*words: str) -> subprocess.CompletedProcess[str]:
@@ -103,7 +108,21 @@ def cli(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-def test_shellcheck_is_clean() -> None:
+def test_shellcheck_is_clean(tmp_path: Path) -> None:
+    """Every script of the project, and one that is rendered, which names the project's folder."""
+    folders = (REPOSITORY / "slurm", REPOSITORY / "launchers")
+    listed = subprocess.run(["git", "ls-files", "*.sh"], capture_output=True, text=True, cwd=REPOSITORY).stdout
+    assert {(REPOSITORY / name).parent for name in listed.split()} <= set(folders), "a script that is not looked at"
+    rendered = tmp_path / "rendered.sh"
+    config = small(num_workers=16)
+    rendered.write_text(render(tmp_path / "c.yaml", config, ["name=two words"], allocation(config)))
+    scripts = [*(path for folder in folders for path in sorted(folder.glob("*.sh"))), rendered]
+    # 1090, 1091: what it sources is looked at by itself. 2034: its variables are for what it sources.
+    done = subprocess.run(
+        ["shellcheck", "-x", "--exclude=SC1090,SC1091,SC2034", *map(str, scripts)],
+        capture_output=True, text=True, cwd=REPOSITORY,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
     done = subprocess.run(["shellcheck", "-x", *map(str, SCRIPTS)], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stdout
 

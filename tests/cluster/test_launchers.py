@@ -34,6 +34,60 @@ def complaints(resource: dict[str, Any]) -> list[str]:
     return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(resource)]
 
 
+def crd_schema(crd: dict[str, Any], version: str) -> dict[str, Any]:
+    """The JSON schema of a custom resource's definition, which also refuses what the API server would drop."""
+
+    def strict(part: Any) -> Any:
+        if isinstance(part, list):
+            return [strict(one) for one in part]
+        if not isinstance(part, dict):
+            return part
+        # Below `properties` keys are names of fields, `properties` and `type` among them.
+        made = {
+            key: {name: strict(one) for name, one in value.items()} if key == "properties" else strict(value)
+            for key, value in part.items()
+        }
+        if made.get("x-kubernetes-int-or-string"):
+            return {"type": ["integer", "string"]}
+        if "properties" in made and not made.get("x-kubernetes-preserve-unknown-fields"):
+            made["additionalProperties"] = False
+        return made
+
+    (served,) = [one for one in crd["spec"]["versions"] if one["name"] == version]
+    schema: dict[str, Any] = strict(served["schema"]["openAPIV3Schema"])
+    return schema
+
+
+@pytest.mark.skipif("QLORA_DIST_KUBERAY_CRDS" not in os.environ, reason="QLORA_DIST_KUBERAY_CRDS names no folder")
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_a_manifest_is_valid_by_the_published_crds(path: Path) -> None:
+    """For whoever has them: `crds` in KubeRay's Helm chart (`helm pull --untar kuberay/kuberay-operator`)."""
+    for resource in resources(path):
+        file = Path(os.environ["QLORA_DIST_KUBERAY_CRDS"]) / f"ray.io_{resource['kind'].lower()}s.yaml"
+        schema = crd_schema(yaml.safe_load(file.read_text()), resource["apiVersion"].partition("/")[2])
+        assert [f"{e.json_path}: {e.message}" for e in Draft202012Validator(schema).iter_errors(resource)] == []
+
+
+def test_a_crd_refuses_what_it_does_not_name() -> None:
+    spec = {
+        "type": "object", "required": ["replicas"],
+        "properties": {
+            "replicas": {"type": "integer"}, "free": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
+            "memory": {"anyOf": [{"type": "integer"}, {"type": "string"}], "x-kubernetes-int-or-string": True},
+            # A field whose name is a keyword of JSON schema.
+            "properties": {"type": "string"},
+        },
+    }  # fmt: skip
+    schema = {"openAPIV3Schema": {"type": "object", "properties": {"spec": spec}}}
+    crd = {"spec": {"versions": [{"name": "v1alpha1", "schema": {}}, {"name": "v1", "schema": schema}]}}
+    validator = Draft202012Validator(crd_schema(crd, "v1"))
+    good = {"replicas": 1, "memory": "1Gi", "free": {"any": 1}, "properties": "x"}
+    assert validator.is_valid({"spec": good})
+    for wrong in ({"replica": 1}, {"replicas": "1"}, {"memory": 1.5}, {"properties": 3}):
+        assert not validator.is_valid({"spec": good | wrong}), wrong
+    assert not validator.is_valid({"spec": {}})
+
+
 def pods(resource: dict[str, Any]) -> list[dict[str, Any]]:
     """The specs of all pods of a resource."""
     spec = resource["spec"]

@@ -28,6 +28,9 @@ from qlora_dist.shard.waits import Waits
 # those pass through fp32 on their way and lose the patterns of their NaNs.
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 CONTAINER = torch.uint8 if TORCH >= (2, 13) else torch.float32
+# Up to so many bytes the adapter over a replicated base travels as one: small messages between the layers' GEMMs cost
+# more time, by the multiprocessors they take, than one that nothing hides.
+LARGEST_WHOLE = 2**30
 
 
 class ShardedUnit:
@@ -66,7 +69,7 @@ class FullyShard:
 
     Args:
         shards: workers a base is spread over; the world size for fsdp, the workers of a node for hybrid.
-        frozen: `replicate` keeps the whole base on every worker and shards the adapter alone.
+        frozen: `replicate` keeps the whole base on every worker, as it was loaded, and shards the adapter alone.
         reshard_after_forward: free a unit's gathered weights after its forward.
         prefetch: units that are gathered ahead of the one that computes.
         offload_shards: keep shards, gradients and optimizer state in host memory.
@@ -102,8 +105,8 @@ class FullyShard:
         self.mesh = make_mesh(self.device, self.shards, self.timeout)
         self.shard_mesh = self.mesh["shard"]
         self.shard_rank = self.shard_mesh.get_local_rank()
-        units = find_units(model)
         names = trained_names(model)
+        units = self._units(model, sum(4 * parameter.numel() for parameter in names))
         modules = {module for unit in units for module in unit.modules}
         self.units = [self._place(unit, names, modules - set(unit.modules)) for unit in units]
         self.waits = Waits(self.device)
@@ -127,15 +130,22 @@ class FullyShard:
         self.optimizer = self.pieces.optimizer
         return model
 
+    def _units(self, model: nn.Module, adapter_bytes: int) -> list[Unit]:
+        if self.frozen == "replicate" and adapter_bytes <= LARGEST_WHOLE:
+            return [Unit("", (base_of(model),))]
+        return find_units(model)
+
     def _place(self, unit: Unit, names: dict[nn.Parameter, str], apart: set[nn.Module]) -> ShardedUnit:
         frozen: FrozenUnit | None
         shard: Tensor | None = None
-        if unit.name in self.loaded:
+        if self.frozen == "replicate":
+            frozen = None
+        elif unit.name in self.loaded:
             frozen, shard = self.loaded.pop(unit.name)
             frozen.unit, frozen.module = unit, unit.modules[0]
         else:
             frozen = FrozenUnit(unit, self.shards, apart)
-        if not frozen.tensors:
+        if frozen is None or not frozen.tensors:
             frozen = None
         elif shard is not None:
             frozen.place(torch.empty(frozen.num_bytes, dtype=torch.uint8, device="meta"), CONTAINER)
@@ -153,8 +163,10 @@ class FullyShard:
 
     def _fully_shard(self, unit: ShardedUnit) -> None:
         modules = unit.unit.modules
-        whole = self.frozen == "replicate" and unit.frozen is not None
-        ignored = {modules[0]._parameters[BYTES]} if whole else set()
+        # Of what is replicated, FSDP is told of nothing.
+        ignored = {p for module in modules for p in module.parameters() if not p.requires_grad}
+        if self.frozen == "shard":
+            ignored = set()
         offload = self.offload_shards
         if offload and unit.frozen is not None and unit.frozen.num_bytes // self.shards <= self.resident_bytes_left:
             self.resident_bytes_left -= unit.frozen.num_bytes // self.shards
@@ -166,7 +178,7 @@ class FullyShard:
             mesh=self.mesh if self.mesh.ndim == 2 else self.shard_mesh,
             reshard_after_forward=self.reshard_after_forward,
             offload_policy=policy,
-            ignored_params=ignored,  # type: ignore[arg-type]
+            ignored_params=ignored,
         )
         if unit.loaded is not None:
             placed: Any = modules[0]._parameters[BYTES]

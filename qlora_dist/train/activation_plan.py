@@ -171,7 +171,7 @@ def set_activations(
         offload_activations(model)
         away, lean = ", their inputs in host memory", rehearsal.peak()
     room = _least(allowed - lean, device) * (1 - min(leaner, MOST_LEANER) / MOST_LEANER)
-    sharded = any(block.sharded for block in blocks) and getattr(rehearsal.strategy, "frozen", "shard") != "replicate"
+    sharded = any(block.sharded for block in blocks)
     kinds = [kind for kind in KINDS if kind != "weights" or not sharded]
     tokens, length = rehearsal.largest.rows * rehearsal.largest.length, rehearsal.largest.length
     costs = [gains(b.shape, tokens, length, rehearsal.element_size, b.compute == "fp8") for b in blocks]

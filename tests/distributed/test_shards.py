@@ -14,7 +14,7 @@ from qlora_dist.config.schema import AdapterConfig, ModelConfig, RunConfig, Trai
 from qlora_dist.model.adapter import attach_adapter
 from qlora_dist.model.base import linear4bit_layers, load_base
 from qlora_dist.optim.optimizers import build_optimizer
-from qlora_dist.shard import frozen
+from qlora_dist.shard import frozen, fsdp
 from qlora_dist.shard.fsdp import FullyShard
 from qlora_dist.shard.none import Unsharded
 from qlora_dist.shard.strategy import make_strategy
@@ -105,7 +105,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("world_size", "shards", "options"),
-    [(2, 2, {}), (2, 2, {"frozen": "replicate"}), (2, 2, {"offload_shards": True, "prefetch": 2}), (4, 2, {})],
+    [(2, 2, {}), (2, 2, {"offload_shards": True, "prefetch": 2}), (4, 2, {})],
 )
 def test_gathered_bytes_are_the_unsharded_ones(base: Path, world_size: int, shards: int, options: dict) -> None:
     for seen in in_group(world_size, compare_after_every_gather, base, shards, options):
@@ -186,7 +186,7 @@ def test_a_rank_of_four_holds_a_quarter(base: Path) -> None:
     assert min(held) > 0.95 * whole / 4, held
 
 
-def bytes_held_twice(rank: int, base: Path, options: dict[str, Any]) -> tuple[int, int, int]:
+def bytes_held_twice(rank: int, base: Path) -> tuple[int, int, int]:
     """Bytes of the base as it was loaded: after it has been spread, the most at once beside its bytes, of a unit."""
     model = make_model(base)
     originals = [
@@ -209,17 +209,38 @@ def bytes_held_twice(rank: int, base: Path, options: dict[str, Any]) -> tuple[in
     gc.collect()
     # On a GPU nobody waits for the collector either: what only it can free is still there in the first steps.
     gc.disable()
-    FullyShard(2, **options).apply(model, lambda named: build_optimizer(named, TrainConfig(optim="adamw_8bit")))
+    FullyShard(2).apply(model, lambda named: build_optimizer(named, TrainConfig(optim="adamw_8bit")))
     left = sum(size for storage, size in originals if not storage.expired())
     return left, most - sum(size for _, size in originals), max(packed)
 
 
-@pytest.mark.parametrize("options", [{}, {"frozen": "replicate"}])
-def test_no_more_than_a_unit_of_the_base_is_held_twice(base: Path, options: dict[str, Any]) -> None:
-    for left, most, unit in in_group(2, bytes_held_twice, base, options):
+def test_no_more_than_a_unit_of_the_base_is_held_twice(base: Path) -> None:
+    for left, most, unit in in_group(2, bytes_held_twice, base):
         assert left == 0
         # Beside the largest unit: padding.
         assert most < 1.05 * unit
+
+
+def replicated(rank: int, base: Path, largest_whole: int) -> tuple[bool, int, float, float]:
+    """Whether the frozen tensors are where they were loaded, units, and a step's loss and gradient norm."""
+    fsdp.LARGEST_WHOLE = largest_whole
+    model = make_model(base)
+    places = {name: p.data_ptr() for name, p in model.named_parameters() if not p.requires_grad}
+    strategy: Any = FullyShard(2, frozen="replicate")
+    model = strategy.apply(model, lambda named: build_optimizer(named, TrainConfig(optim="adamw_8bit")))
+    kept = {name: p.data_ptr() for name, p in model.named_parameters() if not p.requires_grad}
+    loss = model(input_ids=torch.arange(20)[None]).logits.float().square().mean() / 2
+    strategy.backward(loss, last_micro_batch=True)
+    return kept == places, len(strategy.units), float(loss.detach()), float(strategy.clip(1.0, 1.0))
+
+
+def test_a_replicated_base_stays_where_it_is_and_its_adapter_travels_whole_or_by_layer(base: Path) -> None:
+    whole, by_layer = (in_group(2, replicated, base, largest)[0] for largest in (2**30, 0))
+    assert whole[:2] == (True, 1)
+    assert by_layer[0]
+    assert by_layer[1] > 2
+    # The order of sums is another.
+    assert whole[2:] == pytest.approx(by_layer[2:], rel=1e-5)
 
 
 def train_little(rank: int, base: Path) -> tuple[float, dict[str, Tensor]]:

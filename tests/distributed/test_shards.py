@@ -25,8 +25,8 @@ CPU = torch.device("cpu")
 EVERY_BYTE = torch.arange(256, dtype=torch.uint8)
 
 
-def make_model(base: Path) -> Any:
-    model = load_base(ModelConfig(name=str(base), compute_dtype="fp32"), base, CPU)
+def make_model(base: Path, device: torch.device = CPU) -> Any:
+    model = load_base(ModelConfig(name=str(base), compute_dtype="fp32"), base, device)
     return attach_adapter(model, AdapterConfig(r=32, lora_alpha=32), seed=0)
 
 
@@ -38,8 +38,9 @@ def fill_with_every_byte(model: nn.Module) -> None:
         for tensor in (layer.weight.data, state.absmax, state.offset, state.state2.absmax):
             raw = tensor.view(-1).view(torch.uint8)
             raw.copy_(torch.randint(256, raw.shape, dtype=torch.uint8, generator=generator))
-        layer.weight.data.view(-1)[:256] = EVERY_BYTE
-        state.absmax.view(-1)[: min(256, state.absmax.numel())] = EVERY_BYTE[: state.absmax.numel()]
+        layer.weight.data.view(-1)[:256] = EVERY_BYTE.to(layer.weight.device)
+        every_byte = EVERY_BYTE[: state.absmax.numel()].to(layer.weight.device)
+        state.absmax.view(-1)[: len(every_byte)] = every_byte
     # The patterns that copies of floats are known to change: signalling NaNs of fp32, bf16 and fp16.
     layer.weight.quant_state.offset.view(-1).view(torch.uint8).copy_(torch.tensor([1, 0, 160, 127], dtype=torch.uint8))
 
@@ -48,9 +49,14 @@ def parts_of(weight: Any) -> dict[str, Tensor]:
     return {name: part.reshape(-1).view(torch.uint8).clone() for name, part in frozen._parts(weight)}
 
 
-def compare_after_every_gather(rank: int, base: Path, shards: int, options: dict[str, Any]) -> dict[str, int]:
+def compare_after_every_gather(
+    rank: int, base: Path, shards: int, options: dict[str, Any], device_type: str = "cpu"
+) -> dict[str, int]:
     """Two steps with gradient accumulation; how often a frozen tensor was looked at, in the forward and after it."""
-    model = make_model(base)
+    device = torch.device(device_type, rank) if device_type == "cuda" else CPU
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+    model = make_model(base, device)
     fill_with_every_byte(model)
     expected = {
         (name, attribute): parts_of(parameter)
@@ -88,7 +94,7 @@ def compare_after_every_gather(rank: int, base: Path, shards: int, options: dict
     model.train()
     for micro_batch in range(4):
         phase = "forward"
-        logits = model(input_ids=torch.arange(20)[None] + rank).logits
+        logits = model(input_ids=torch.arange(20, device=device)[None] + rank).logits
         phase = "backward"
         strategy.backward(logits.nansum(), last_micro_batch=micro_batch % 2 == 1)
         if micro_batch % 2:

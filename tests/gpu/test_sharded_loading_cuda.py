@@ -1,7 +1,8 @@
-"""Sharded loading between GPUs: what NCCL sends arrives bit for bit, and no GPU holds the whole base at any time."""
+"""Sharded loading and gathering between GPUs: what NCCL sends arrives bit for bit, and no GPU holds the whole base."""
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from qlora_dist.shard.frozen import FrozenUnit
 from qlora_dist.shard.loading import make_placement
 from qlora_dist.shard.units import find_units
 from tests.distributed.gloo import in_group
+from tests.distributed.test_shards import compare_after_every_gather
 from tests.single import small_config
+from tests.tiny import make_tiny_model
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
@@ -66,3 +69,14 @@ def test_each_gpu_holds_its_shard(tmp_path: Path) -> None:
     for name, expected in whole.items():
         assert torch.equal(torch.cat([shards[name] for shards, _, _ in sharded]), expected), name
     assert all(peak < 0.85 * whole_peak for _, peak, _ in sharded)
+
+
+@pytest.mark.parametrize("options", [{}, {"offload_shards": True, "prefetch": 2}], ids=["on the GPU", "offloaded"])
+def test_gathered_bytes_are_the_unsharded_ones(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Weights and constants of every byte value, compared wherever a layer looks at them in two steps."""
+    base = make_tiny_model(tmp_path / "base", hidden_size=256)
+    for seen in in_group(
+        WORKERS, compare_after_every_gather, base, WORKERS, options, "cuda", backend="cpu:gloo,cuda:nccl"
+    ):
+        assert seen["forward"] >= 4 * 15
+        assert seen["backward"] >= 4 * 12

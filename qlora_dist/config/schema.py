@@ -204,7 +204,7 @@ class TrainConfig(Section):
     activations: Literal["auto", "keep", "recompute", "offload"] = Field(
         "auto",
         description="What fused layers keep for the backward. `auto`: what fits, planned before the first step. "
-        "`offload`: each layer's input, in pinned host memory.",
+        "`offload`: each layer's input and what its attention needs, in pinned host memory.",
     )
     memory_budget_gib: Annotated[float, Field(gt=0)] | None = Field(
         None,

@@ -96,6 +96,11 @@ class Block:
         """The LoRA factors of the layer, as the autograd function takes them."""
         return [factor for projection in self.projections for factor in projection.factors()]
 
+    @property
+    def num_factors(self) -> int:
+        """How many there are."""
+        return sum(2 * len(projection.adapted) for projection in self.projections)
+
     def split(self, values: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """`values`, one a factor, by projection."""
         parts, start = [], 0
@@ -108,15 +113,44 @@ class Block:
 
 @dataclass
 class Attended:
-    """What the attention half keeps: the rotated q, k, v with the graph of the attention, and what leads to them."""
+    """What the attention half keeps, but for its result and its input before heads are normed, and these.
+
+    graph: of the attention, from its result to the gradients of q, k and v; it keeps them, and where autograd's saved
+    tensors go elsewhere, it keeps them there.
+    """
 
     xa_MR: Tensor
     rstd_M: Tensor
-    heads: tuple[Tensor, Tensor, Tensor]
-    result: Tensor
-    raw_MN: Tensor | None
+    graph: "AttentionGraph | None"
     head_rstd: tuple[Tensor, Tensor] | None
     normed_MW: Tensor | None
+
+
+class AttentionGraph:
+    """A graph of which nobody holds a tensor: neither its inputs nor its result need stay for their gradients."""
+
+    def __init__(self, token: Tensor, caught: list[Tensor], result: Tensor):
+        self.token, self.caught = token, caught
+        self.end = torch.autograd.graph.get_gradient_edge(result)
+
+    def gradients(self, dresult: Tensor) -> list[Tensor]:
+        """Of q, k and v; once."""
+        torch.autograd.grad(self.end, self.token, dresult, allow_unused=True)
+        return self.caught
+
+
+class _Catch(torch.autograd.Function):
+    """Tensors as they are; their gradients go into a list."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, caught: list[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.caught = caught
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+        ctx.caught.extend(grads)
+        return (None,) * (2 + len(grads))
 
 
 class _BlockFunction(torch.autograd.Function):
@@ -126,8 +160,8 @@ class _BlockFunction(torch.autograd.Function):
     ) -> Tensor:  # x_BTH: the residual stream
         plan, (qkv_f, out_f, gu_f, down_f) = block.plan, block.split(factors)
         x_MH = x_BTH.reshape(-1, x_BTH.shape[-1])
-        kept = attend(block, inputs, x_BTH.shape, x_MH, qkv_f, differentiable=plan.attention)
-        x1_MH, out_xa = attention_output(block, kept.result, x_MH, out_f)
+        kept, result, raw_MN = attend(block, inputs, x_BTH.shape, x_MH, qkv_f, differentiable=plan.attention)
+        x1_MH, out_xa = attention_output(block, result, x_MH, out_f)
         gu_MW, gu_xa, rstd_M, normed_MW = gate_and_up(block, x1_MH, gu_f)
         h_MW = block.down.room(x_MH.shape[0], x_MH)
         swiglu(*halves(block, gu_MW), h_MW[:, : block.down.K])
@@ -135,9 +169,9 @@ class _BlockFunction(torch.autograd.Function):
         y_BTH = torch.empty_like(x_BTH)
         block.down.forward(h_MW, down_f, residual_MN=x1_MH, out_MN=y_BTH.view(x_MH.shape))
         ctx.block, ctx.inputs, ctx.shape = block, inputs, x_BTH.shape
-        ctx.save_for_backward(x_BTH, *factors)
+        of_attention = (x1_MH, result, raw_MN) if plan.attention else ()
+        ctx.save_for_backward(x_BTH, *factors, *of_attention)
         ctx.attended = kept if plan.attention else None
-        ctx.x1 = x1_MH if plan.attention else None
         ctx.out_xa = out_xa if plan.attention else None
         ctx.gate_up = (gu_MW, gu_xa, rstd_M, normed_MW) if plan.gate_up else None
         ctx.down_xa = block.down.low_rank(h_MW)
@@ -146,15 +180,20 @@ class _BlockFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_BTH: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         block: Block = ctx.block
-        x_BTH, *factors = ctx.saved_tensors
+        x_BTH, *saved = ctx.saved_tensors
+        factors, of_attention = saved[: block.num_factors], saved[block.num_factors :]
+        del saved
         qkv_f, out_f, gu_f, down_f = block.split(factors)
         x_MH = x_BTH.reshape(-1, x_BTH.shape[-1])
-        kept, x1_MH, out_xa = ctx.attended, ctx.x1, ctx.out_xa
+        kept, out_xa = ctx.attended, ctx.out_xa
         if kept is None:
-            kept = attend(block, ctx.inputs, ctx.shape, x_MH, qkv_f)
-            x1_MH, out_xa = attention_output(block, kept.result, x_MH, out_f)
+            kept, result, raw_MN = attend(block, ctx.inputs, ctx.shape, x_MH, qkv_f)
+            x1_MH, out_xa = attention_output(block, result, x_MH, out_f)
+        else:
+            x1_MH, result, raw_MN = of_attention
+        del of_attention
         gu_MW, gu_xa, rstd2_M, n_MW = ctx.gate_up or gate_and_up(block, x1_MH, gu_f)
-        ctx.attended = ctx.x1 = ctx.out_xa = ctx.gate_up = None
+        ctx.attended = ctx.out_xa = ctx.gate_up = None
 
         dy_MW = widened(dy_BTH, block.down)
         dh_MF = block.down.input_gradient(dy_MW, down_f)
@@ -175,10 +214,10 @@ class _BlockFunction(torch.autograd.Function):
         del dn_MH, dy_MW
 
         da_MK = block.output.input_gradient(dx1_MW, out_f)
-        a_MK = kept.result.transpose(1, 2).reshape(x_MH.shape[0], block.output.K)
+        a_MK = result.transpose(1, 2).reshape(x_MH.shape[0], block.output.K)
         out_g = block.output.factor_gradients(dx1_MW, a_MK, out_xa)
-        dqkv_MW = attention_backward(block, ctx.inputs, kept, da_MK, x_MH)
-        del da_MK, a_MK
+        dqkv_MW = attention_backward(block, ctx.inputs, kept, raw_MN, da_MK, x_MH)
+        del da_MK, a_MK, result, raw_MN
         norm1 = block.layer.input_layernorm
         n1_MW = kept.normed_MW
         if n1_MW is None:
@@ -227,7 +266,7 @@ def run_block(block: Block, x_BTH: Tensor, cos: Tensor, sin: Tensor, mask: Tenso
         mask: as transformers makes it for `sdpa`; None is causal.
         kwargs: what else the attention function takes.
     """
-    inputs = {"cos": cos, "sin": sin, "mask": mask, "kwargs": kwargs}
+    inputs = {"cos": cos, "sin": sin, "mask": mask, "kwargs": kwargs, "shape": tuple(x_BTH.shape[:2])}
     output: Tensor = _BlockFunction.apply(block, inputs, x_BTH, *block.factors())
     return output
 
@@ -272,8 +311,11 @@ def attend(
     x_MH: Tensor,
     factors: Sequence[Tensor],
     differentiable: bool = True,
-) -> Attended:
-    """RMSNorm, q, k, v, RoPE and attention, with the attention's graph where `differentiable`."""
+) -> tuple[Attended, Tensor, Tensor | None]:
+    """RMSNorm, q, k, v, RoPE and attention, with the attention's graph where `differentiable`.
+
+    Beside what is kept: the attention's result [B, heads, T, D], and q, k, v before heads are normed, where they are.
+    """
     n_MW, rstd_M = normed(block.layer.input_layernorm, x_MH, block.qkv)
     y_MN = block.qkv.forward(n_MW, factors)
     xa_MR = block.qkv.low_rank(n_MW)
@@ -288,12 +330,18 @@ def attend(
         rotate_(y_MN[:, : block.q_width + block.kv_width].unflatten(1, (-1, block.head_dim)), *turns)
     batch, time = shape[0], shape[1]
     q, k, v = (
-        part.unflatten(1, (-1, block.head_dim)).unflatten(0, (batch, time)).transpose(1, 2).detach().requires_grad_()
+        part.unflatten(1, (-1, block.head_dim)).unflatten(0, (batch, time)).transpose(1, 2)
         for part in y_MN.split([block.q_width, block.kv_width, block.kv_width], dim=1)
     )
+    graph: AttentionGraph | None = None
     with torch.set_grad_enabled(differentiable):
+        if differentiable:
+            token, caught = torch.empty(0, dtype=q.dtype, requires_grad=True), list[Tensor]()
+            q, k, v = _Catch.apply(token, caught, q, k, v)
         result = attention(block, q, k, v, inputs)
-    return Attended(xa_MR, rstd_M, (q, k, v), result, raw_MN, head_rstd, normed_MW)
+        if differentiable:
+            graph = AttentionGraph(token, caught, result)
+    return Attended(xa_MR, rstd_M, graph, head_rstd, normed_MW), result.detach(), raw_MN
 
 
 def attention(block: Block, q: Tensor, k: Tensor, v: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -319,15 +367,17 @@ def attention(block: Block, q: Tensor, k: Tensor, v: Tensor, inputs: dict[str, A
     return result.transpose(1, 2)
 
 
-def attention_backward(block: Block, inputs: dict[str, Any], kept: Attended, da_MK: Tensor, x_MH: Tensor) -> Tensor:
+def attention_backward(
+    block: Block, inputs: dict[str, Any], kept: Attended, raw_MN: Tensor | None, da_MK: Tensor, x_MH: Tensor
+) -> Tensor:
     """The gradient of q, k, v before RoPE in the first columns of a buffer for the projection's backward."""
-    batch, time = kept.result.shape[0], kept.result.shape[2]
-    da = da_MK.view(batch, time, -1, block.head_dim).transpose(1, 2)
-    grads = torch.autograd.grad(kept.result, kept.heads, da)
+    assert kept.graph is not None
+    da = da_MK.view(*inputs["shape"], -1, block.head_dim).transpose(1, 2)
+    grads = kept.graph.gradients(da)
     dqkv_MW = block.qkv.output_room(x_MH.shape[0], x_MH)
     join_heads(dqkv_MW[:, : block.qkv.N], *grads, angles=angles(block, inputs), inverse=True)
     if block.normed_heads:
-        normed_heads_backward(block, kept, dqkv_MW)
+        normed_heads_backward(block, kept, raw_MN, dqkv_MW)
     return dqkv_MW
 
 
@@ -354,12 +404,12 @@ def normed_heads(block: Block, raw_MN: Tensor, out_MN: Tensor) -> tuple[Tensor, 
     return found[0], found[1]
 
 
-def normed_heads_backward(block: Block, kept: Attended, dqkv_MW: Tensor) -> None:
+def normed_heads_backward(block: Block, kept: Attended, raw_MN: Tensor | None, dqkv_MW: Tensor) -> None:
     """The backward of `normed_heads`, in place."""
-    assert kept.raw_MN is not None
+    assert raw_MN is not None
     assert kept.head_rstd is not None
     for (norm, columns), rstd in zip(_head_columns(block), kept.head_rstd, strict=True):
-        raw = kept.raw_MN[:, columns].reshape(-1, block.head_dim)
+        raw = raw_MN[:, columns].reshape(-1, block.head_dim)
         view = dqkv_MW[:, columns].unflatten(1, (-1, block.head_dim))
         result = torch.empty_like(raw)
         rms_norm_backward(view.reshape(-1, block.head_dim), raw, current(norm, "weight"), rstd, None, result)

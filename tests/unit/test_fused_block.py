@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_dist.model.block import KEEP_ALL, RECOMPUTE_ALL, Plan
 from qlora_dist.model.fused import attends_by_documents, fuse, fused_loss_sum, set_plan
+from qlora_dist.shard.activations import Away, offload_activations
 
 # bitsandbytes' CPU kernel dequantises wrongly where the inputs are no multiple of the block of 64 values.
 SIZES: dict[str, Any] = dict(
@@ -207,6 +208,30 @@ def test_generation_and_the_bare_base_go_through_the_usual_forward() -> None:
     assert torch.equal(fused.generate(**kwargs), stock.generate(**kwargs))
     with fused.disable_adapter(), stock.disable_adapter():
         torch.testing.assert_close(fused(input_ids=ids).logits, stock(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_what_the_attention_keeps_goes_away_with_the_input(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between forward and backward nobody but the host's copies holds it, and the gradients are the same to the bit."""
+    made: list[Away] = []
+    pack, held = Away.pack, []
+    monkeypatch.setattr(Away, "pack", lambda self, tensor: (made.append(self), pack(self, tensor))[1])
+    models = [adapted(FAMILIES[family](), torch.float32, ADAPTERS["all linear"]) for _ in range(2)]
+    for model in models:
+        set_plan(fuse(model), Plan(gate_up=False))
+    offload_activations(models[1], min_bytes=2 * 11 * 32 * 4)
+
+    def see(*_: Any) -> None:
+        held.append([kept.source.expired() for kept in made[0].kept])
+
+    head: Any = models[1].get_base_model().get_output_embeddings()
+    head.register_forward_pre_hook(see)
+    plain, away = (losses(model, batch(False), fused=True)[1] for model in models)
+    assert all(torch.equal(plain[name], grad) for name, grad in away.items())
+    # The residual stream after the attention, its result, q, k and v, and what Qwen3 norms; the input is the output of
+    # the layer before, and lives on in the first layer, whose input the test holds.
+    assert len(held[0]) >= 2 * (6 if family == "llama" else 7)
+    assert sum(held[0]) >= 2 * (5 if family == "llama" else 6)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_dist import __version__
+from qlora_dist.aggregate_cli import aggregate
 from qlora_dist.bench.commands import app as bench_app
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import load_config, to_yaml, with_absolute_paths
@@ -27,6 +28,7 @@ config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
 app.add_typer(config_app, name="config")
 app.add_typer(bench_app, name="bench")
 app.add_typer(submit_app, name="submit")
+app.command()(aggregate)
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)]
 Overrides = Annotated[

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Factors(NamedTuple):
@@ -75,15 +75,24 @@ def mean_of_products(
     left_cc, values_c, right_cc = torch.linalg.svd(b_cR @ a_cR.T, full_matrices=False)
     kept = min(rank, len(values_c))
     u_Nq, v_qK, values_q = basis_Nc @ left_cc[:, :kept], right_cc[:kept] @ basis_Kc.T, values_c[:kept]
+    norm, cut = float(values_c.norm()), float(values_c[kept:].norm())
+    return Projection(*split_evenly(u_Nq, values_q, v_qK, rank, scale), cut / norm if norm else 0.0, norm)
+
+
+def split_evenly(u_Nq: Tensor, values_q: Tensor, v_qK: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """A (`rank` x K) and B (N x `rank`) with scale * B A = U diag(values) V, split as `mean_of_products` says.
+
+    Args:
+        u_Nq: orthonormal columns; their largest entries give the signs.
+        values_q: not negative, the largest first; at most `rank` of them.
+        v_qK: orthonormal rows.
+        rank: of the result; what is missing is 0.
+        scale: not 0.
+    """
     signs_q = torch.sign(u_Nq.gather(0, u_Nq.abs().argmax(0, keepdim=True))[0])
     root_q = (values_q / abs(scale)).sqrt()
-    nothing_q = values_q <= torch.finfo(dtype).eps * max(num_outputs, num_inputs) * values_c[0]
+    nothing_q = values_q <= torch.finfo(values_q.dtype).eps * max(u_Nq.shape[0], v_qK.shape[1]) * values_q[0]
     a_qK = (signs_q * torch.where(nothing_q, 1.0, root_q))[:, None] * v_qK
     b_Nq = u_Nq * (signs_q * torch.where(nothing_q, 0.0, root_q)) * (1.0 if scale > 0 else -1.0)
-    norm, cut = float(values_c.norm()), float(values_c[kept:].norm())
-    return Projection(
-        torch.cat([a_qK, a_qK.new_zeros(rank - kept, num_inputs)]),
-        torch.cat([b_Nq, b_Nq.new_zeros(num_outputs, rank - kept)], dim=1),
-        cut / norm if norm else 0.0,
-        norm,
-    )
+    missing = rank - len(values_q)
+    return nn.functional.pad(a_qK, (0, 0, 0, missing)), nn.functional.pad(b_Nq, (0, missing))

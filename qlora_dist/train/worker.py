@@ -292,7 +292,7 @@ def finish(loop: Loop, worker: Worker, tokenizer: Any, generation: int) -> None:
     adapter = loop.strategy.full_adapter()
     if worker.rank == 0:
         refuse_if_fenced(loop.heartbeat)
-        notes = {"compute": config.model.compute}
+        notes = {"compute": config.model.compute, "base": loop.identity["model.name"]}
         write_adapter(adapter, loop.adapter_config_json, worker.run_dir / "adapter", notes)
     samples: list[dict[str, str]] = []
     if loop.eval_table is not None and config.eval.sample_prompts:

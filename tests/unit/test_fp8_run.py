@@ -34,7 +34,7 @@ def test_a_run_says_what_it_was_trained_with(
         assert outcome["state"] == "finished", outcome["message"]
         losses[compute] = [record["loss"] for record in read_metrics(config.run_dir) if "loss" in record]
         with safe_open(config.run_dir / "adapter" / "adapter_model.safetensors", "pt") as file:
-            assert file.metadata() == {"format": "pt", "compute": compute}
+            assert file.metadata()["compute"] == compute
         stock = AutoModelForCausalLM.from_pretrained(tiny_model)
         PeftModel.from_pretrained(stock, config.run_dir / "adapter")
     assert losses["fp8"] != losses["bf16"]

@@ -1,6 +1,7 @@
 """Every error that a person can mend, by its code: the sentence and the mend. docs/errors.md is made from it."""
 
 from qlora_dist.config.catalogue.adapter import ADAPTER
+from qlora_dist.config.catalogue.aggregation import AGGREGATION
 from qlora_dist.config.catalogue.benchmarks import BENCHMARKS
 from qlora_dist.config.catalogue.checkpoint import CHECKPOINT
 from qlora_dist.config.catalogue.configuration import CONFIGURATION
@@ -23,6 +24,7 @@ AREAS: dict[str, dict[str, Mendable]] = {
     "Data": DATA,
     "Base models": MODEL,
     "Adapters": ADAPTER,
+    "Combining adapters": AGGREGATION,
     "Checkpoints and the run folder": CHECKPOINT,
     "Looking at runs": TRACKING,
     "Benchmarks": BENCHMARKS,

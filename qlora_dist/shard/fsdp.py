@@ -28,8 +28,8 @@ from qlora_dist.shard.waits import Waits
 # those pass through fp32 on their way and lose the patterns of their NaNs.
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 CONTAINER = torch.uint8 if TORCH >= (2, 13) else torch.float32
-# Up to so many bytes the adapter over a replicated base travels as one: small messages between the layers' GEMMs cost
-# more time, by the multiprocessors they take, than one that nothing hides.
+# Up to so many bytes the adapter travels in one piece, at both ends of a step: small messages beside the layers' GEMMs
+# cost more time, by the multiprocessors they take, than one that nothing hides.
 LARGEST_WHOLE = 2**30
 
 
@@ -106,7 +106,8 @@ class FullyShard:
         self.shard_mesh = self.mesh["shard"]
         self.shard_rank = self.shard_mesh.get_local_rank()
         names = trained_names(model)
-        units = self._units(model, sum(4 * parameter.numel() for parameter in names))
+        self.in_one_piece = not self.offload_shards and sum(p.nbytes for p in names) <= LARGEST_WHOLE
+        units = [Unit("", (base,))] if self.in_one_piece and self.frozen == "replicate" else find_units(model)
         modules = {module for unit in units for module in unit.modules}
         self.units = [self._place(unit, names, modules - set(unit.modules)) for unit in units]
         self.waits = Waits(self.device)
@@ -130,11 +131,6 @@ class FullyShard:
         self.optimizer = self.pieces.optimizer
         return model
 
-    def _units(self, model: nn.Module, adapter_bytes: int) -> list[Unit]:
-        if self.frozen == "replicate" and adapter_bytes <= LARGEST_WHOLE:
-            return [Unit("", (base_of(model),))]
-        return find_units(model)
-
     def _place(self, unit: Unit, names: dict[nn.Parameter, str], apart: set[nn.Module]) -> ShardedUnit:
         frozen: FrozenUnit | None
         shard: Tensor | None = None
@@ -151,7 +147,11 @@ class FullyShard:
             frozen.place(torch.empty(frozen.num_bytes, dtype=torch.uint8, device="meta"), CONTAINER)
         else:
             frozen.place(frozen.pack(), CONTAINER)
-        adapter: FlatAdapter | None = FlatAdapter(unit, names, self.shards, apart)
+        adapter: FlatAdapter | None = None
+        if not self.in_one_piece:
+            adapter = FlatAdapter(unit, names, self.shards, apart)
+        elif not unit.name:
+            adapter = FlatAdapter(unit, names, self.shards, set())
         if adapter is not None and not adapter.segments:
             adapter = None
         if adapter is not None:
@@ -176,7 +176,7 @@ class FullyShard:
         fully_shard(
             list(modules) if len(modules) > 1 else modules[0],  # type: ignore[arg-type]
             mesh=self.mesh if self.mesh.ndim == 2 else self.shard_mesh,
-            reshard_after_forward=self.reshard_after_forward,
+            reshard_after_forward=self.reshard_after_forward and not (self.in_one_piece and not unit.unit.name),
             offload_policy=policy,
             ignored_params=ignored,
         )

@@ -24,7 +24,7 @@ Shape suffixes: N outputs of the adapted layer, K its inputs, r the rank of one 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -35,11 +35,13 @@ from torch import Tensor
 from qlora_dist.aggregate.products import Factors, Projection, mean_of_products
 from qlora_dist.aggregate.sparse import (
     MajoritySign,
+    Rows,
     added,
     dropped,
     dropped_by_magnitude,
     generator_of,
     projected,
+    trim_threshold,
     trimmed,
 )
 from qlora_dist.config.errors import UserError
@@ -168,13 +170,18 @@ def combine_layer(recipe: Recipe, layer: str, factors: Sequence[Factors | None],
         return _padded(a_qK, b_Nq, rank)
     if recipe.method not in SPARSE:
         return mean_of_products(some, weights, rank)
-    updates = [_sparsely(recipe, layer, i, "update", partial(_update, f)) for i, f, _ in present]
-    combined_NK = added(updates, weights, recipe.majority_sign)
+    num_outputs = some[0].b_Nr.shape[0]
+    updates = [_sparsely(recipe, (layer, i, "update"), partial(_update, f), num_outputs) for i, f, _ in present]
+    combined_NK = added(updates, weights, recipe.majority_sign, num_outputs)
     return projected(combined_NK, rank, generator_of(recipe.seed, layer, "sketch"))
 
 
-def _update(factors: Factors) -> Tensor:
-    return factors.b_Nr @ factors.a_rK * factors.scale
+def _update(factors: Factors, begin: int, end: int) -> Tensor:
+    return factors.b_Nr[begin:end] @ factors.a_rK * factors.scale
+
+
+def _rows(tensor: Tensor, begin: int, end: int) -> Tensor:
+    return tensor[begin:end]
 
 
 def _on_factors(recipe: Recipe, layer: str, present: Sequence[tuple[int, Factors, float]], rank: int) -> Projection:
@@ -183,26 +190,33 @@ def _on_factors(recipe: Recipe, layer: str, present: Sequence[tuple[int, Factors
     else:
         roots = [math.sqrt(abs(weight * f.scale)) for _, f, weight in present]
     signed = [root * (-1 if weight * f.scale < 0 else 1) for root, (_, f, weight) in zip(roots, present, strict=True)]
-    as_rK = [_sparsely(recipe, layer, i, "A", partial(torch.clone, f.a_rK)) for i, f, _ in present]
-    bs_Nr = [_sparsely(recipe, layer, i, "B", partial(torch.clone, f.b_Nr)) for i, f, _ in present]
-    a_rK, b_Nr = added(as_rK, signed, recipe.majority_sign), added(bs_Nr, roots, recipe.majority_sign)
-    return _padded(a_rK, b_Nr, rank)
+    factors = []
+    for part, multipliers in (("a_rK", signed), ("b_Nr", roots)):
+        tensors: list[Tensor] = [getattr(f, part) for _, f, _ in present]
+        num_rows = tensors[0].shape[0]
+        rows = [
+            _sparsely(recipe, (layer, i, part[0]), partial(_rows, tensor), num_rows)
+            for (i, *_), tensor in zip(present, tensors, strict=True)
+        ]
+        factors.append(added(rows, multipliers, recipe.majority_sign, num_rows))
+    return _padded(factors[0], factors[1], rank)
 
 
-def _sparsely(recipe: Recipe, layer: str, adapter: int, part: str, make: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`make`, pruned as the recipe says, the same way whenever it is called."""
+def _sparsely(recipe: Recipe, name: tuple[object, ...], rows: Rows, num_rows: int) -> Rows:
+    """`rows`, pruned as the recipe says; what is drawn depends on the seed and `name` alone."""
     if recipe.method not in SPARSE or recipe.density == 1:
-        return make
-    if recipe.method == "ties":
-        return lambda: trimmed(make(), recipe.density)
+        return rows
+    threshold = trim_threshold(rows(0, num_rows), recipe.density) if recipe.method == "ties" else 0.0
 
-    def drawn() -> Tensor:
-        generator = generator_of(recipe.seed, layer, adapter, part)
+    def pruned(begin: int, end: int) -> Tensor:
+        if recipe.method == "ties":
+            return trimmed(rows(begin, end), threshold)
+        generator = generator_of(recipe.seed, *name, begin)
         if recipe.method == "dare":
-            return dropped(make(), recipe.density, generator)
-        return dropped_by_magnitude(make(), recipe.density, recipe.epsilon, generator)
+            return dropped(rows(begin, end), recipe.density, generator)
+        return dropped_by_magnitude(rows(begin, end), recipe.density, recipe.epsilon, generator)
 
-    return drawn
+    return pruned
 
 
 def _padded(a_rK: Tensor, b_Nr: Tensor, rank: int) -> Projection:

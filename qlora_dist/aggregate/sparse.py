@@ -1,12 +1,13 @@
 """Methods that drop most of each update before they add them: TIES, DARE, DELLA.
 
-They take tensors one after another and as often as they need them, so that two or three of the layer's size are in
-memory however many adapters there are.
+They go through a layer in blocks of rows, so that of however many adapters only a block each is in memory, beside the
+result.
 
 Shape suffixes: N outputs of the adapted layer, K its inputs, q the rank of the result, s the columns of a sketch.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -16,22 +17,25 @@ from torch import Tensor
 from qlora_dist.aggregate.products import Projection, split_evenly
 
 MajoritySign = Literal["total", "frequency", "none"]
+Rows = Callable[[int, int], Tensor]
+BLOCK_ROWS = 512
 # Up to this smaller side a whole SVD takes at most seconds on a CPU core.
 WHOLE_SVD_UP_TO = 1024
 POWER_ITERATIONS = 8
 
 
-def trimmed(tensor: Tensor, density: float) -> Tensor:
-    """The `density` of the entries that are largest in magnitude; the others 0 (TIES, arXiv:2306.01708, section 4).
+def trim_threshold(tensor: Tensor, density: float) -> float:
+    """The smallest magnitude that TIES keeps (arXiv:2306.01708, section 4): that of the int(density * number)th.
 
-    int(density * number) entries stay, as in PEFT, and with them all that are as large as the smallest of these.
+    As in PEFT; but of entries of equal magnitude all stay, or none.
     """
     kept = int(density * tensor.numel())
-    if kept == 0:
-        return torch.zeros_like(tensor)
-    magnitudes = tensor.abs()
-    threshold = magnitudes.flatten().kthvalue(tensor.numel() - kept + 1).values
-    return torch.where(magnitudes >= threshold, tensor, 0.0)
+    return float(tensor.abs().flatten().kthvalue(tensor.numel() - kept + 1).values) if kept else math.inf
+
+
+def trimmed(tensor: Tensor, threshold: float) -> Tensor:
+    """The entries of at least that magnitude; the others 0."""
+    return torch.where(tensor.abs() >= threshold, tensor, 0.0)
 
 
 def dropped(tensor: Tensor, density: float, generator: torch.Generator) -> Tensor:
@@ -45,8 +49,9 @@ def dropped_by_magnitude(tensor: Tensor, density: float, epsilon: float, generat
     Within a row the probability of staying rises with the rank of the magnitude, in even steps from density -
     epsilon / 2 for the smallest to density + epsilon / 2 for the largest, so that its mean is `density`.
     """
-    ranks = tensor.abs().argsort(dim=1, stable=True).argsort(dim=1)
-    share = ranks.to(tensor.dtype) / max(tensor.shape[1] - 1, 1)
+    order = tensor.abs().argsort(dim=1, stable=True)
+    steps = torch.linspace(0, 1, tensor.shape[1], dtype=tensor.dtype, device=tensor.device).expand_as(tensor)
+    share = torch.empty_like(tensor).scatter_(1, order, steps)
     return _sampled(tensor, density + epsilon * (share - 0.5), generator)
 
 
@@ -62,7 +67,7 @@ def generator_of(*names: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def added(tensors: Sequence[Callable[[], Tensor]], weights: Sequence[float], majority_sign: MajoritySign) -> Tensor:
+def added(rows: Sequence[Rows], weights: Sequence[float], majority_sign: MajoritySign, num_rows: int) -> Tensor:
     """The weighted sum, or for each entry that of the tensors that have its majority sign, divided by their number.
 
     The second is TIES' election and disjoint merge (arXiv:2306.01708, section 4) with PEFT's weights: the majority is
@@ -70,22 +75,23 @@ def added(tensors: Sequence[Callable[[], Tensor]], weights: Sequence[float], maj
     vote nor count. `none` is the plain sum.
 
     Args:
-        tensors: each gives the same tensor whenever it is called; called once or twice.
+        rows: of each tensor, a function that gives its rows from one number to below another; called once for each
+            block of 512.
         weights: one for each, taken as given.
+        num_rows: of each tensor.
     """
-    if majority_sign == "none":
-        return sum((make() * weight for make, weight in zip(tensors, weights, strict=True)), start=torch.zeros(()))
-    votes = sum((make() if majority_sign == "total" else make().sign() for make in tensors), start=torch.zeros(()))
-    majority = torch.where(votes >= 0, 1, -1).to(torch.int8)
-    del votes
-    total, count = torch.zeros(majority.shape), torch.zeros(majority.shape)
-    total, count = total.to(majority.device), count.to(majority.device)
-    for make, weight in zip(tensors, weights, strict=True):
-        tensor = make()
-        agrees = tensor.sign() == majority
-        total += torch.where(agrees, tensor * weight, 0.0)
-        count += agrees
-    return total / count.clamp_(min=1.0)
+    blocks = []
+    for begin in range(0, num_rows, BLOCK_ROWS):
+        tensors = [make(begin, min(begin + BLOCK_ROWS, num_rows)) for make in rows]
+        weighted = [tensor * weight for tensor, weight in zip(tensors, weights, strict=True)]
+        if majority_sign == "none":
+            blocks.append(torch.stack(weighted).sum(0))
+            continue
+        votes = torch.stack(tensors if majority_sign == "total" else [tensor.sign() for tensor in tensors]).sum(0)
+        majority = torch.where(votes >= 0, 1.0, -1.0)
+        agrees = torch.stack([tensor.sign() == majority for tensor in tensors])
+        blocks.append((torch.stack(weighted) * agrees).sum(0) / agrees.sum(0).clamp(min=1))
+    return torch.cat(blocks)
 
 
 def projected(matrix_NK: Tensor, rank: int, generator: torch.Generator) -> Projection:

@@ -81,10 +81,10 @@ class Masks:
 
     def __init__(self, model: Any, on: str, seed: int, adapters: int):
         self.queue = [
-            f"{seed}/base_model.model.{name}/{i}/{part}".split("/")
+            f"{seed}/base_model.model.{name}/{i}/{part}/0".split("/")
             for name, module in model.get_base_model().named_modules()
             if isinstance(module, LoraLayer)
-            for part in (["update"] if on == "updates" else ["A", "B"])
+            for part in (["update"] if on == "updates" else ["a", "b"])
             for i in range(adapters)
             if str(i) in (*module.lora_A, *module.lora_embedding_A)
         ]

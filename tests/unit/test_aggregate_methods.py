@@ -7,7 +7,15 @@ import torch
 
 from qlora_dist.aggregate.methods import combine_layer, recipe
 from qlora_dist.aggregate.products import Factors
-from qlora_dist.aggregate.sparse import added, dropped, dropped_by_magnitude, generator_of, projected, trimmed
+from qlora_dist.aggregate.sparse import (
+    added,
+    dropped,
+    dropped_by_magnitude,
+    generator_of,
+    projected,
+    trim_threshold,
+    trimmed,
+)
 from qlora_dist.config.errors import UserError
 
 NUM_OUTPUTS, NUM_INPUTS = 11, 7
@@ -143,7 +151,7 @@ def test_what_dare_and_della_draw_is_added_and_elected(method, majority_sign):
     chosen = recipe(method, 3, weights, density=0.5, seed=7, majority_sign=majority_sign)
     sparse = []
     for i, f in enumerate(factors):
-        draws = torch.rand(NUM_OUTPUTS, NUM_INPUTS, generator=generator_of(7, "layer", i, "update"))
+        draws = torch.rand(NUM_OUTPUTS, NUM_INPUTS, generator=generator_of(7, "layer", i, "update", 0))
         kept = torch.full((NUM_OUTPUTS, NUM_INPUTS), 0.5, dtype=torch.float64)
         if method == "della":
             for n, row in enumerate(update(f)):
@@ -187,14 +195,29 @@ def test_a_layer_that_an_adapter_does_not_have_is_an_update_of_zero():
 
 
 def test_trimming_keeps_what_is_as_large_as_the_last():
-    assert trimmed(torch.tensor([[1.0, -1.0, 0.5, 2.0]]), 0.5).tolist() == [[1.0, -1.0, 0.0, 2.0]]
-    assert trimmed(torch.ones(2, 2), 0.2).count_nonzero() == 0
+    row = torch.tensor([[1.0, -1.0, 0.5, 2.0]])
+    assert trimmed(row, trim_threshold(row, 0.5)).tolist() == [[1.0, -1.0, 0.0, 2.0]]
+    assert trimmed(row, trim_threshold(row, 0.2)).count_nonzero() == 0
 
 
 def test_an_election_that_ends_even_is_positive():
-    pair = [lambda: torch.tensor([1.0, -2.0]), lambda: torch.tensor([-1.0, 1.0])]
-    assert added(pair, [1.0, 1.0], "frequency").tolist() == [1.0, 1.0]
-    assert added(pair, [1.0, 1.0], "total").tolist() == [1.0, -2.0]
+    pair = [lambda begin, end: torch.tensor([[1.0, -2.0]]), lambda begin, end: torch.tensor([[-1.0, 1.0]])]
+    assert added(pair, [1.0, 1.0], "frequency", 1).tolist() == [[1.0, 1.0]]
+    assert added(pair, [1.0, 1.0], "total", 1).tolist() == [[1.0, -2.0]]
+
+
+@pytest.mark.parametrize("method", ["ties", "dare", "della"])
+def test_blocks_of_rows_change_nothing_but_the_draws(method, monkeypatch):
+    factors, chosen = some_factors(), recipe(method, 3, density=0.5)
+    whole = product(combine_layer(chosen, "layer", factors, 7))
+    monkeypatch.setattr("qlora_dist.aggregate.sparse.BLOCK_ROWS", 4)
+    blocks = product(combine_layer(chosen, "layer", factors, 7))
+    if method == "ties":
+        torch.testing.assert_close(blocks, whole, **CLOSE)
+    else:
+        first = blocks[:4] - whole[:4]
+        assert first.abs().max() < 2e-4  # two SVDs in fp32 of entries up to 60
+        assert not torch.allclose(blocks[4:], whole[4:], atol=1e-2)
 
 
 def test_a_large_matrix_is_projected_by_subspace_iteration_as_well_as_by_an_svd():

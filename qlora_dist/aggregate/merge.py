@@ -108,6 +108,8 @@ def aggregate(
 
 def _device(name: str) -> torch.device:
     try:
+        if name.split(":")[0] not in ("cpu", "cuda"):
+            raise RuntimeError(name)
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError("aggregate-value", option="--device", value=name, wanted="a device of this machine") from error
@@ -146,6 +148,10 @@ def _combined(
     for module in each_layer(list(layers)):
         factors = [read_factors(p, module, device) if module in p.layers else None for p in summary.parents]
         made = combine_layer(recipe, module, factors, summary.rank)
+        results = {layers[module].a_name: made.a_qK.float(), layers[module].b_name: made.b_Nq.float()}
+        for name, tensor in results.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise UserError("aggregate-result-not-finite", name=name)
         norm = made.norm
         if plain:
             present = [(f, weight) for f, weight in zip(factors, recipe.weights, strict=True) if f is not None]
@@ -155,11 +161,7 @@ def _combined(
         squares, cut = squares + norm**2, cut + (made.lost * norm) ** 2
         if made.lost > summary.worst[1]:
             summary.worst = module.removeprefix(PREFIX), made.lost
-        for name, tensor in ((layers[module].a_name, made.a_qK), (layers[module].b_name, made.b_Nq)):
-            single = tensor.float()
-            if not bool(torch.isfinite(single).all()):
-                raise UserError("aggregate-result-not-finite", name=name)
-            yield name, single
+        yield from results.items()
     summary.lost = math.sqrt(cut / squares) if squares else 0.0
     summary.beside = math.sqrt(apart / squares) if plain and squares else None
 

@@ -49,6 +49,8 @@ from qlora_dist.config.errors import UserError
 Method = Literal["mean", "svd", "task-arithmetic", "ties", "dare", "della", "cat"]
 Space = Literal["updates", "factors"]
 MEANS = ("mean", "svd")
+# Of a weight's magnitude. Far below where squares of norms leave float64's range.
+MOST = 1e9
 SPARSE = ("ties", "dare", "della")
 SPACES: dict[str, tuple[Space, ...]] = {"mean": ("factors",), "svd": ("updates",), "cat": ("updates",)}
 MAJORITY_SIGNS: dict[str, MajoritySign] = {"ties": "total", "dare": "none", "della": "total"}
@@ -136,8 +138,9 @@ def _weights(method: str, num_adapters: int, given: Sequence[float] | None) -> t
         return ((1 / num_adapters) if method in (*MEANS, "cat") else 1.0,) * num_adapters
     if len(given) != num_adapters:
         raise UserError("aggregate-weights-number", weights=len(given), adapters=num_adapters)
-    if not all(map(math.isfinite, given)) or not any(given):
-        raise UserError("aggregate-value", option="--weights", value=_told(given), wanted="numbers, not all of them 0")
+    if not all(abs(weight) <= MOST for weight in given) or not any(given):
+        wanted = f"numbers from {-MOST:g} to {MOST:g}, not all of them 0"
+        raise UserError("aggregate-value", option="--weights", value=_told(given), wanted=wanted)
     if method not in MEANS:
         return tuple(given)
     if min(given) < 0:
@@ -173,6 +176,8 @@ def combine_layer(recipe: Recipe, layer: str, factors: Sequence[Factors | None],
     num_outputs = some[0].b_Nr.shape[0]
     updates = [_sparsely(recipe, (layer, i, "update"), partial(_update, f), num_outputs) for i, f, _ in present]
     combined_NK = added(updates, weights, recipe.majority_sign, num_outputs)
+    if not bool(torch.isfinite(combined_NK).all()):
+        raise UserError("aggregate-result-not-finite", name=layer)
     return projected(combined_NK, rank, generator_of(recipe.seed, layer, "sketch"))
 
 

@@ -87,6 +87,19 @@ def test_a_value_that_is_not_finite_is_named_and_nothing_is_left(
         refused(tmp_path, capsys, monkeypatch, sentence, *parents, method=method)
 
 
+@pytest.mark.parametrize("method", ["mean", "task-arithmetic", "ties", "dare", "della", "cat", "ties --on factors"])
+def test_a_result_beyond_fp32_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    parents = make_adapter(tmp_path / "a", lora_alpha=3e38), make_adapter(tmp_path / "b", lora_alpha=3e38)
+    for parent in parents:
+        spoil(parent, "up_proj.lora_B", 3e38)
+        spoil(parent, "up_proj.lora_A", 3e38)
+    name, *options = method.split()
+    weights = [] if name in ("mean", "svd") else ["--weights", "1e9,1e9"]
+    refused(tmp_path, capsys, monkeypatch, "beyond the range of fp32", *parents, *options, *weights, method=name)
+
+
 def test_damaged_folders_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +159,8 @@ def test_wrong_options_and_outputs_are_refused(
     refuse = (tmp_path, capsys, monkeypatch)
     refused(*refuse, "--weights much is not possible; give numbers", *parents, "--weights", "much")
     refused(*refuse, "--device abacus is not possible", *parents, "--device", "abacus")
-    refused(*refuse, "beyond the range of fp32; give smaller", *parents, "--weights", "1e300,1", method="cat")
+    refused(*refuse, "--device meta is not possible", *parents, "--device", "meta")
+    refused(*refuse, r"--weights 1e\+300,1 is not possible", *parents, "--weights", "1e300,1")
     refused(*refuse, "a exists already; name another folder", *parents, output=tmp_path / "a")
     refused(*refuse, "out cannot be written", *parents, output=tmp_path / "file" / "out")
 

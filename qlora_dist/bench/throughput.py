@@ -104,7 +104,7 @@ def step_figures(run_dir: Path, warm_up: int, started: float) -> Record:
 
 
 def of_ranks(ranks: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> Record:
-    """What each rank told the coordinator, over those of the measured steps that it told of, the last 256 at most.
+    """What each rank told the coordinator, over the measured steps; nothing of a run of 256 steps or more.
 
     Args:
         ranks: those of the run's status.

@@ -16,7 +16,7 @@ LEAST_EXCESS_S = 0.005
 # A verdict for each round of so many seconds in which every rank has told of a step, and so many of them in a row.
 ROUND_S = 2.0
 ROUNDS = 3
-LOOK = "look there at the GPU's clocks and temperature, at other processes, at swapping and at storage"
+LOOK = "look there at clocks and temperatures, at other processes, at swapping and at storage"
 Counts = tuple[float, float, float]  # seconds outside collectives, steps, positions; since the attempt began
 
 

@@ -199,7 +199,9 @@ class FullyShard:
 
     def _count_waits(self, unit: ShardedUnit) -> None:
         """On a GPU the stream waits for what was gathered or reduced, on a CPU the host while it is."""
-        group = unit.fsdp._get_fsdp_state()._fsdp_param_group
+        # Names of PyTorch's own: where another version has others, waiting is not told from computing.
+        state = getattr(unit.fsdp, "_get_fsdp_state", lambda: None)()
+        group = getattr(state, "_fsdp_param_group", None)
         if group is not None:
             names = ("wait_for_unshard", "post_backward", "finalize_backward")
             self.waits.around(group, *(names if self.device.type == "cuda" else ("unshard", *names)))

@@ -85,7 +85,9 @@ class Waits:
             self._step = None
         while self._under_way and self._under_way[0].end.query():
             step = self._under_way.popleft()
-            self.busy = self.busy.plus(step.busy_s(), step.positions)
+            # What was recorded on a stream that is behind has no time yet; then this step is not measured.
+            if all(after.query() for _, after in step.stretches):
+                self.busy = self.busy.plus(step.busy_s(), step.positions)
 
     def __enter__(self) -> None:
         self._depth += 1
@@ -107,9 +109,11 @@ class Waits:
         self._before = None
 
     def around(self, owner: Any, *names: str) -> None:
-        """Make methods of `owner`, an object of a library's, count as waiting."""
+        """Make methods of `owner`, a library's, count as waiting; those that another version lacks do not."""
         for name in names:
-            setattr(owner, name, self.counted(getattr(owner, name)))
+            method = getattr(owner, name, None)
+            if callable(method):
+                setattr(owner, name, self.counted(method))
 
     def counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, each call of which counts as waiting."""

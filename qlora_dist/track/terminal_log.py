@@ -91,7 +91,7 @@ def lines(record: dict[str, Any]) -> Iterator[Line]:
         case "stop":
             yield "stop", f"asked for, a checkpoint first: {record['reason']}", "yellow"
         case "straggler":
-            yield "straggler", record["message"], "" if record["over"] else "yellow"
+            yield "slow", record["message"], "" if record["over"] else "yellow"
         case "finished":
             summary = record["summary"]
             early = ", stopped early" if summary.get("stopped_early") else ""

@@ -28,8 +28,6 @@ FEW_RANKS = 16
 WIDE = 140
 # A rank is heard of once a second; these stand out.
 LATE_S = 5.0
-# Times the usual rank's time outside collectives.
-SLOW = 1.2
 STATE_STYLES = {
     "running": "green",
     "starting": "yellow",
@@ -94,11 +92,12 @@ def view(status: dict[str, Any], losses: Sequence[float] = (), width: int = 80) 
     parts += ["", _facts(status, losses, width)]
     if status["ranks"]:
         many = len(status["ranks"]) > FEW_RANKS
-        parts += ["", _nodes_table(status["ranks"], width)] if many or len(_by_host(status["ranks"])) > 1 else []
-        shown = _outstanding(status["ranks"]) if many else status["ranks"]
+        slow = {straggler["rank"] for straggler in status.get("stragglers") or []}
+        parts += ["", _nodes_table(status["ranks"], slow, width)] if many or len(_by_host(status["ranks"])) > 1 else []
+        shown = _outstanding(status["ranks"], slow) if many else status["ranks"]
         if shown:
             parts += ["", *([Text("ranks that stand out", style="dim")] if many else [])]
-            parts.append(_ranks_table(shown, _usual_busy_s(status["ranks"])))
+            parts.append(_ranks_table(shown, slow))
     return Group(*parts)
 
 
@@ -171,7 +170,7 @@ def _checkpoint(status: dict[str, Any]) -> str:
     return f"step {last['step']:,}, {span(age_s)} ago{shown} ({last['folder']})"
 
 
-def _nodes_table(ranks: list[dict[str, Any]], width: int) -> Table:
+def _nodes_table(ranks: list[dict[str, Any]], slow: set[int], width: int) -> Table:
     wide = width >= WIDE
     table = _table()
     table.add_column("node", overflow="fold", min_width=8)
@@ -181,7 +180,6 @@ def _nodes_table(ranks: list[dict[str, Any]], width: int) -> Table:
     table.add_column("phase", no_wrap=True)
     table.add_column("heard", justify="right", no_wrap=True)
     table.add_column("tokens/s of each rank" if wide else "a rank", no_wrap=not wide)
-    usual = _usual_busy_s(ranks)
     for host, members in _by_host(ranks).items():
         speeds = [rank["tokens_per_second"] for rank in members if rank.get("tokens_per_second")]
         memory = [rank["memory_bytes"] for rank in members if rank.get("memory_bytes")]
@@ -192,7 +190,7 @@ def _nodes_table(ranks: list[dict[str, Any]], width: int) -> Table:
             host, ranges([rank["rank"] for rank in members]), f"{sum(speeds):,.0f}" if speeds else "-",
             _gib(max(memory)) if memory else "-", _low_high(steps, ","), f"{phase} +{others}" if others else phase,
             _age(_longest(members)),
-            Text(" ").join(_speed(rank, usual) for rank in members) if wide else _low_high(speeds, ",.0f"),
+            Text(" ").join(_speed(rank, slow) for rank in members) if wide else _low_high(speeds, ",.0f"),
         )  # fmt: skip
     return table
 
@@ -203,7 +201,7 @@ def _longest(ranks: list[dict[str, Any]]) -> float | None:
     return None if None in ages else max(age for age in ages if age is not None)
 
 
-def _ranks_table(ranks: list[dict[str, Any]], usual: float) -> Table:
+def _ranks_table(ranks: list[dict[str, Any]], slow: set[int]) -> Table:
     table = _table()
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("node", overflow="fold", min_width=8)
@@ -216,7 +214,7 @@ def _ranks_table(ranks: list[dict[str, Any]], usual: float) -> Table:
         table.add_row(
             str(rank["rank"]), rank["host"], str(rank["pid"]),
             "-" if rank.get("step") is None else f"{rank['step']:,}", rank.get("phase") or "-",
-            _speed(rank, usual), _gib(rank["memory_bytes"]) if rank.get("memory_bytes") else "-",
+            _speed(rank, slow), _gib(rank["memory_bytes"]) if rank.get("memory_bytes") else "-",
             _age(rank.get("age_s")),
         )  # fmt: skip
     return table
@@ -242,18 +240,8 @@ def _by_host(ranks: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return hosts
 
 
-def _usual_busy_s(ranks: list[dict[str, Any]]) -> float:
-    return statistics.median_low([rank["busy_s"] for rank in ranks if rank.get("busy_s")] or [0.0])
-
-
-def _is_slow(rank: dict[str, Any], usual_busy_s: float) -> bool:
-    # Ranks take equally long for a step, and tokens differ with the sequences that each gets.
-    return (rank.get("busy_s") or 0.0) > SLOW * usual_busy_s
-
-
-def _outstanding(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ranks that are silent, slower than the others, at another step, or busy while most wait for them."""
-    usual = _usual_busy_s(ranks)
+def _outstanding(ranks: list[dict[str, Any]], slow: set[int]) -> list[dict[str, Any]]:
+    """Ranks that are silent, stragglers, at another step, or busy while most wait for them."""
     steps = [rank["step"] for rank in ranks if rank.get("step") is not None]
     step = statistics.mode(steps) if steps else None
     waiting = sum(rank.get("phase") == "collective" for rank in ranks) >= 0.9 * len(ranks)
@@ -261,7 +249,7 @@ def _outstanding(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def stands_out(rank: dict[str, Any]) -> bool:
         return (
             (rank.get("age_s") or 0.0) > LATE_S
-            or _is_slow(rank, usual)
+            or rank["rank"] in slow
             or (rank.get("step") is not None and step is not None and rank["step"] < step)
             or (waiting and rank.get("phase") == "compute")
         )
@@ -269,11 +257,11 @@ def _outstanding(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [rank for rank in ranks if stands_out(rank)][:FEW_RANKS]
 
 
-def _speed(rank: dict[str, Any], usual: float) -> Text:
+def _speed(rank: dict[str, Any], slow: set[int]) -> Text:
     speed = rank.get("tokens_per_second")
     if not speed:
         return Text("-")
-    return Text(f"{speed:,.0f}", style="yellow" if _is_slow(rank, usual) else "")
+    return Text(f"{speed:,.0f}", style="yellow" if rank["rank"] in slow else "")
 
 
 def _low_high(numbers: Sequence[float], form: str) -> str:

@@ -41,8 +41,9 @@ class Heartbeat:
         self.step, self.phase, self._since = step, phase, time.monotonic()
 
     def tell_steps(self) -> None:
-        """Report the tokens of the last steps, one by one, which only the end of a run is worth."""
-        self.metrics = self.metrics | {"step_tokens": list(self.steps)}
+        """Report the tokens of each step, for those who measure a short run; a long one's status need not hold them."""
+        if len(self.steps) < STEPS_TOLD:
+            self.metrics = self.metrics | {"step_tokens": list(self.steps)}
         self.beat()
 
     def stop(self) -> None:

@@ -29,7 +29,10 @@ def text_of(shown: Console) -> str:
 
 
 def cluster_status(nodes: int, per_node: int) -> dict[str, Any]:
-    """A status as 64 ranks would give it: rank 17 computes while all others wait for it, rank 40 is silent."""
+    """A status as 64 ranks would give it: 17 computes while the rest wait, 40 is silent, 50 is named as a straggler.
+
+    Rank 51 is as long outside collectives as 50, and named by nobody: it has longer sequences.
+    """
     ranks = [
         {
             "rank": rank, "host": f"gpu-node-{rank // per_node:02d}.cluster.example", "pid": 20000 + rank, "step": 1240,
@@ -41,6 +44,9 @@ def cluster_status(nodes: int, per_node: int) -> dict[str, Any]:
     if len(ranks) > 40:
         ranks[17] |= {"phase": "compute", "busy_s": 2.4}
         ranks[40] |= {"age_s": 42.0, "step": 1238}
+        ranks[50] |= {"busy_s": 2.4}
+        ranks[51] |= {"busy_s": 2.4}
+    named = [{"rank": 50, "sentence": "rank 50 keeps the others waiting"}] if len(ranks) > 50 else []
     return {
         "run_id": "20261122-061201-3fa9c1", "state": "running", "generation": 2, "time": time.time(), "age_s": 0.4,
         "silent": False, "reason": None, "step": 1240, "max_steps": 5000, "loss": 1.2345, "joined": [],
@@ -49,6 +55,7 @@ def cluster_status(nodes: int, per_node: int) -> dict[str, Any]:
             "folder": "step-00001200-g0002", "step": 1200, "generation": 2, "time": time.time() - 130,
             "metrics": {"eval_loss": 1.3},
         },
+        "stragglers": named,
         "restarts": [{"generation": 1, "step": 803, "reason": "rank 12 died of SIGKILL", "planned": False}],
     }  # fmt: skip
 
@@ -134,14 +141,14 @@ def test_64_ranks_fit_the_terminal_and_those_that_stand_out_are_named(width: int
     shown.print(view(cluster_status(8, 8), [3.0, 2.0, 1.0], width))
     rows = text_of(shown).splitlines()
     assert max(map(len, rows)) <= width
-    assert len(rows) <= 24, "an ordinary terminal's height"
+    assert len(rows) <= 25, "an ordinary terminal's height"
     for node in range(8):
         (row,) = [row for row in rows if row.startswith(f"gpu-node-{node:02d}  {8 * node}-{8 * node + 7}")]
         assert "…" not in row
         if width == 200:
             assert len(row.split("1 s" if node != 5 else "42 s")[1].split()) == 8, "one speed a rank"
     outstanding = rows[rows.index(next(row for row in rows if row.startswith("ranks that stand out"))) + 2 :]
-    assert [row.split()[0] for row in outstanding] == ["17", "40"]
+    assert [row.split()[0] for row in outstanding] == ["17", "40", "50"]
     assert any("2 h 44 min left" in row for row in rows)
     assert any("rank 12 died of SIGKILL" in row for row in rows)
 

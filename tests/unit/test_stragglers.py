@@ -141,7 +141,7 @@ def test_the_coordinator_tells_of_it(run: tuple[Path, Coordinator], monkeypatch:
     assert [(event["rank"], event["host"], event["over"]) for event in events] == [(1, "n2", False), (1, "n2", True)]
     console = Console(file=io.StringIO(), width=200)
     show_log(folder, console)
-    lines = [line for line in console.file.getvalue().splitlines() if "straggler" in line]  # type: ignore[attr-defined]
+    lines = [line for line in console.file.getvalue().splitlines() if " slow " in line]  # type: ignore[attr-defined]
     assert ["no longer" in line for line in lines] == [False, True]
     assert all("generation" not in line for line in lines)
 

@@ -124,8 +124,7 @@ def trimmed_mean(contributions: Sequence[Contribution], trim: float) -> Tensors:
     """
     if not 0 <= trim < 0.5:
         raise ValueError(f"the share left out at each end is at least 0 and below 0.5, not {trim}")
-    # 0.2 of 5 is 1, whatever binary fractions make of it.
-    return _of_sorted(contributions, lambda count: int(trim * count + 1e-9))
+    return _of_sorted(contributions, lambda count: int(trim * count))
 
 
 def _of_sorted(contributions: Sequence[Contribution], left_out: Callable[[int], int]) -> Tensors:

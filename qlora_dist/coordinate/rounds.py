@@ -240,7 +240,7 @@ class Rounds:
         if not awaited:
             return "everyone"
         in_time = {c.island for c in collected if c.round == self.round}
-        # A share such as 0.6 of 5 islands is 3 of them, whatever binary fractions make of it.
+        # 0.28 of 25 islands is 7 of them, whatever binary fractions make of it.
         if in_time and len(in_time) >= math.ceil(terms.quorum * len(in_time | set(awaited)) - 1e-9):
             return "quorum"
         if self.opened is not None and now >= self.opened + terms.deadline_s:

@@ -240,7 +240,7 @@ def test_robust_means_are_those_of_numpy_and_one_island_cannot_move_them_far(cou
     assert norm_of(weighted_mean(wild)) > 1e6
 
 
-def test_trimming_leaves_out_whole_islands_of_shares_that_floats_do_not_hold() -> None:
+def test_trimming_leaves_out_whole_islands_at_both_ends() -> None:
     islands = [sent(str(place), {HEAD: torch.full((5, 3), float(place**3))}) for place in range(10)]
     trimmed = step(islands, {HEAD: torch.zeros(5, 3)}, method="mean", robust="trimmed", trim=0.3).adapter
     assert float(trimmed[HEAD][0, 0]) == pytest.approx((27 + 64 + 125 + 216) / 4)

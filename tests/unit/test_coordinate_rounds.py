@@ -99,6 +99,18 @@ def test_the_quorum_closes_a_round_and_the_rest_is_late() -> None:
     assert table.lease("b", 10)["version"] == 1, "who was late starts from the current adapter"
 
 
+def test_a_quorum_is_a_share_of_whole_islands_whatever_floats_make_of_it() -> None:
+    table = Table(quorum=0.28, islands=25, packs=1000)
+    names = [f"island {number}" for number in range(23)]
+    for name in names:
+        table.take(say.join(table.rounds, table.terms, name, name, 0.0))
+    for number, name in enumerate(["a", "b", *names][:7], 1):
+        assert table.rounds.due(table.terms, 1.0) is None
+        table.send(name, table.lease(name, 10))
+        assert number == len(table.rounds.collect())
+    assert table.rounds.due(table.terms, 1.0) == "quorum", "0.28 of 25 islands are 7"
+
+
 def test_the_deadline_closes_a_round_with_what_there_is_and_never_with_nothing() -> None:
     table = Table()
     a, b = table.lease("a", 10, now=100.0), table.lease("b", 10, now=110.0)

@@ -109,6 +109,12 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise UserError("aggregate-config-damaged", file=folder / CONFIG_FILE, reason="it is no JSON object")
     if settings.get("peft_type") != "LORA":
         raise UserError("aggregate-not-lora", folder=folder, type=settings.get("peft_type"))
+    for setting in ("rank_pattern", "alpha_pattern"):
+        try:
+            [re.compile(key) for key in dict(settings.get(setting) or {})]
+        except (re.error, TypeError, ValueError) as error:
+            reason = f"{setting}: {error}"
+            raise UserError("aggregate-config-damaged", file=folder / CONFIG_FILE, reason=reason) from error
     for setting in BEYOND:
         if settings.get(setting):
             raise UserError("aggregate-beyond-lora", folder=folder, setting=setting)

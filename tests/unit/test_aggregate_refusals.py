@@ -39,6 +39,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "b was made by pissa_niter_4, which changes the base"),
     "not lora": ({"peft_type": "IA3"}, "b is an adapter of type IA3"),
     "no alpha": ({"lora_alpha": "much"}, "lora_alpha is much, no number"),
+    "no pattern": ({"rank_pattern": {"(": 3}}, r"damaged \(rank_pattern: missing \)"),
+    "no patterns": ({"alpha_pattern": 4}, r"damaged \(alpha_pattern: 'int' object is not iterable"),
     "another rank": ({"r": 5}, "has rank 3, not 5"),
 }  # fmt: skip
 

@@ -1,0 +1,68 @@
+"""`qlora-dist doctor`: what a machine says of itself."""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_dist.cluster.doctor import machine
+from qlora_dist.cluster.doctor.wanted import Port, Wanted
+
+
+def test_a_port_is_free_taken_by_somebody_or_anybody_s() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        number = taken.getsockname()[1]
+        (found,) = machine.port_facts([Port(number, "test")])
+        assert f"(pid {os.getpid()})" in found["taken_by"]
+        assert found["ephemeral"]
+    assert machine.port_facts([Port(number, "test")])[0]["taken_by"] is None
+    assert not machine.port_facts([Port(9, "test")])[0]["ephemeral"]
+
+
+SMI = """#!/bin/sh
+case "$1" in
+    *clocks_event_reasons*) echo "Field is not a valid field to query."; exit 2 ;;
+    *clocks_throttle_reasons*) echo 0x0000000000000024; echo 0x0000000000000001 ;;
+    *) echo "0, NVIDIA H100 80GB HBM3, 530.30.02, 81559, 3, 345, 1980, 31, 70.2, 700.0, Disabled, 0"
+       echo "1, NVIDIA H100 80GB HBM3, 530.30.02, 81559, 40000, 345, 1980, 31, 70.2, 700.0, Disabled, 2" ;;
+esac
+"""
+
+
+def test_nvidia_smi_is_read_an_older_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script in its place prints what such a driver prints: there is no GPU here."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(SMI)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = machine.gpus()["gpus"]
+    assert [(gpu["index"], gpu["driver"], gpu["used_mib"]) for gpu in found] == [
+        ("0", "530.30.02", "3"), ("1", "530.30.02", "40000"),
+    ]  # fmt: skip
+    assert machine.throttle_reasons() == [0x24, 0x1]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert machine.gpu_count() == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert machine.gpu_count() == 1
+    program.write_text(
+        "#!/bin/sh\necho 'NVIDIA-SMI has failed because it could not communicate with the driver.'\nexit 9\n"
+    )
+    assert "could not communicate" in machine.gpus()["error"]
+
+
+def test_this_machine_s_facts_are_json_and_true(tmp_path: Path) -> None:
+    found = json.loads(
+        json.dumps(machine.machine_facts(Wanted(str(tmp_path / "a" / "b"), paths={"data.train": "/no"})))
+    )
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["missing"] == ["data.train=/no"]
+    places = {place["what"]: place for place in found["space"]}
+    assert places["run folder"]["path"] == str(tmp_path)
+    assert 0 < found["memory"]["free"] <= found["memory"]["total"]
+    assert "torch>=2.11" in found["requires"]
+    assert not [text for text in found["requires"] if text.startswith("pytest")]

@@ -30,6 +30,10 @@ SMI_FIELDS = {
 }  # fmt: skip
 # The second is its name before driver 535.
 SMI_REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+# A control group's limit, usage, and in its memory.stat the file cache that goes first; version 1 has no "max" but a
+# limit beyond any memory.
+CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
+CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
 
@@ -90,21 +94,26 @@ def memory() -> dict[str, int]:
     return {"total": found.total, "free": min(free), "limited": int(min(free) < found.available)}
 
 
-def _free_in_cgroups(root: Path = Path("/sys/fs/cgroup")) -> Iterable[int]:
-    """What each control group (v2) that this process is in leaves, file cache counted as free."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        if not line.startswith("0::/"):
+def _free_in_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterable[int]:
+    """What each control group (of either version) that this process is in leaves, file cache counted as free."""
+    for line in own.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, (limit, usage, cached) = root, CGROUP_V2
+        elif "memory" in controllers.split(","):
+            top, (limit, usage, cached) = root / "memory", CGROUP_V1
+        else:
             continue
-        group = root / line[4:]
+        group = top / path.lstrip("/")
         for folder in (group, *group.parents):
-            if folder == root.parent:
+            if folder == top.parent:
                 break
-            if not (folder / "memory.max").is_file():
+            if not (folder / limit).is_file():
                 continue
-            most = (folder / "memory.max").read_text().strip()
+            most = (folder / limit).read_text().strip()
             if most != "max":
-                used = int((folder / "memory.current").read_text())
-                cache = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+                used = int((folder / usage).read_text())
+                cache = re.search(rf"^{cached} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
                 yield int(most) - used + (int(cache[1]) if cache else 0)
 
 

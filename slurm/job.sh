@@ -119,7 +119,8 @@ start_ray() {
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$LOGS/ray-token RAY_ADDRESS=$HEAD_ADDRESS:$BASE_PORT
     (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH") || exit 1
     on_all_nodes ray >"$LOGS/ray.log" 2>&1
-    ask wait-ray "$RAY_ADDRESS" "$SLURM_JOB_NUM_NODES" "$JOIN_S" &
+    # Not by `ask`: the number would be that of a shell around it.
+    "${RUN[@]}" qlora_dist.cluster.slurm_job wait-ray "$RAY_ADDRESS" "$SLURM_JOB_NUM_NODES" "$JOIN_S" &
     waiter=$!
     while kill -0 "$waiter" 2>/dev/null; do
         # Where Slurm does not start the nodes' step, or one has failed, nobody will join.

@@ -20,6 +20,8 @@ from tests.cluster.faults import REPOSITORY, wait_until
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol", "squeue", "srun", "scancel")
 GPUS_PER_NODE = 8
+SECOND_S = 1.5
+AGENT_RETRY_S = 65.0
 NODE_VARIABLE = "QLORA_DIST_TEST_NODE"
 CONFIGURATION = """
 ClusterName=qlora-test
@@ -79,6 +81,7 @@ class Slurm:
             "PYTHONPATH": str(REPOSITORY),
         }  # fmt: skip
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._held_since: dict[tuple[str, str], float] = {}
         for name in ("state", "spool-n1", "spool-n2", "gpus"):
             (folder / name).mkdir()
         for number in range(GPUS_PER_NODE):
@@ -153,13 +156,20 @@ class Slurm:
         return dict(pair.partition("=")[::2] for pair in shown.split(" ") if "=" in pair)
 
     def release(self, job: str) -> dict[str, str]:
-        """`job`, which is let go where Slurm holds it back for two minutes after a requeue; a test need not wait."""
+        """`job`, which is let go where Slurm holds it back for two minutes after a requeue; a test need not wait.
+
+        Not at once: slurmd refuses a job that starts in the very second in which it was ended ("Job credential
+        revoked"), and Slurm then lets the job fail.
+        """
         found = self.job(job)
         if found["JobState"] in ENDED:
             # On its way through a requeue a job looks ended for a moment.
             time.sleep(2)
             found = self.job(job)
         if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
+            since = self._held_since.setdefault((job, found["Restarts"]), time.monotonic())
+            if time.monotonic() < since + SECOND_S:
+                return found
             self.command("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
         return found
 

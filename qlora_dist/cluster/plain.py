@@ -1,7 +1,6 @@
 """Runs the one worker in this process: no launcher, no process group."""
 
 import os
-import socket
 from pathlib import Path
 
 from qlora_dist.cluster.outcome import Outcome, read_outcome
@@ -10,6 +9,7 @@ from qlora_dist.cluster.stop_signals import stop_on_signals
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.client import DirectClient
+from qlora_dist.coordinate.host import this_host
 from qlora_dist.coordinate.rundir import read_run
 from qlora_dist.coordinate.state import Coordinator
 from qlora_dist.track.prometheus import serving
@@ -29,7 +29,7 @@ def run_plain(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> Outc
         raise UserError("one-process-many-workers", num_workers=config.launch.num_workers)
     coordinator = Coordinator(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
     client = DirectClient(coordinator)
-    client.call("start_job", launcher="none", host=socket.gethostname(), pid=os.getpid())
+    client.call("start_job", launcher="none", host=this_host(), pid=os.getpid())
     worker = Worker(
         rank=0, world_size=1, local_rank=0, device=choose_device(config, 0), client=client,
         run_dir=run_dir.resolve(), nonce=read_run(run_dir).nonce,

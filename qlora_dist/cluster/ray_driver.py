@@ -31,6 +31,7 @@ from qlora_dist.cluster.process import TRAIN, environment, import_function
 from qlora_dist.cluster.stop_signals import stop_on_signals
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import RunConfig
+from qlora_dist.coordinate.host import this_host
 from qlora_dist.coordinate.rundir import read_run
 
 POLL_S = 0.5
@@ -60,7 +61,7 @@ def run_with_ray(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> O
         resources = worker_resources(config)
         check_room(config, resources)
         client = start_coordinator(config, run_dir, info.run_id)
-        client.call("start_job", launcher="ray", host=socket.gethostname(), pid=os.getpid())
+        client.call("start_job", launcher="ray", host=this_host(), pid=os.getpid())
         attempt = next_attempt(run_dir)
         launch = config.launch
         scaling = ScalingConfig(

@@ -6,13 +6,14 @@ alone: its agent sends them SIGTERM too when one of them has failed, which is no
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from qlora_dist.cluster.outcome import Outcome
 from qlora_dist.config.errors import UserError
@@ -21,6 +22,8 @@ from qlora_dist.coordinate.report import read_status
 from qlora_dist.coordinate.stop import ask_at_once
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+RETRY_S = 1.0
+AT_ONCE = "SIGTERM again: ended at once; the same command goes on from the last checkpoint\n"
 
 
 class StopSignals:
@@ -28,17 +31,24 @@ class StopSignals:
 
     In a thread, and told of signals through a pipe (`signal.set_wakeup_fd`): Python runs a handler in the main thread
     alone, which may be in a long call or hold the event log's lock.
+
+    Attributes:
+        first: the signal that asked for the stop.
+        scratch: a temporary folder that goes when a second SIGTERM ends the process.
     """
 
     def __init__(self, run_dir: Path):
         self.first: signal.Signals | None = None
+        self.scratch: Path | None = None
         self._run_dir = run_dir
+        self._closed = threading.Event()
         self._read, self.write = os.pipe()
         os.set_blocking(self.write, False)
         threading.Thread(target=self._listen, name="stop-signals", daemon=True).start()
 
     def close(self) -> None:
         """Hear nothing any more."""
+        self._closed.set()
         os.close(self.write)
 
     def _listen(self) -> None:
@@ -47,8 +57,7 @@ class StopSignals:
             for number in numbers:
                 terms += number == signal.SIGTERM
                 if terms > 1:
-                    # The workers go with this process.
-                    os._exit(128 + signal.SIGTERM)
+                    self._end_at_once()
                 if number in SIGNALS and self.first is None:
                     self.first = signal.Signals(number)
                     self._ask(self.first)
@@ -63,10 +72,30 @@ class StopSignals:
         threading.Thread(target=self._ask_run, args=(number,), name="stop-asker", daemon=True).start()
 
     def _ask_run(self, number: signal.Signals) -> None:
-        try:
-            ask_at_once(self._run_dir, f"{number.name} to the process that started the run")
-        except UserError as error:
-            tell(f"the run could not be asked to stop: {redact(error.message)}")
+        # Whoever sent the signal will not send it again: a storage's bad moment must not lose it.
+        told = None
+        while not self._closed.is_set():
+            try:
+                ask_at_once(self._run_dir, f"{number.name} to the process that started the run")
+                return
+            except (UserError, OSError) as error:
+                over = isinstance(error, UserError) and error.code == "run-is-over"
+                line = f"the run could not be asked to stop: {redact(str(error))}{'' if over else '; trying again'}"
+                if line != told:
+                    tell(line)
+                told = line
+                if over:
+                    return
+            self._closed.wait(RETRY_S)
+
+    def _end_at_once(self) -> NoReturn:
+        # Not by `tell`: the main thread may hold the stream's lock.
+        with contextlib.suppress(OSError):
+            os.write(2, AT_ONCE.encode())
+        if self.scratch is not None:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+        # The workers go with this process.
+        os._exit(128 + signal.SIGTERM)
 
     def outcome(self, outcome: Outcome) -> Outcome:
         """`outcome`; where a signal has stopped the run before it was done, with 128 + the signal as the exit code."""

@@ -32,11 +32,12 @@ from qlora_dist.cluster.outcome import Outcome, read_outcome
 from qlora_dist.cluster.output import next_attempt, rank_log
 from qlora_dist.cluster.process import TRAIN, choose_device, environment, import_function
 from qlora_dist.cluster.second_start import refuse_second_start
-from qlora_dist.cluster.stop_signals import stop_on_signals
+from qlora_dist.cluster.stop_signals import StopSignals, stop_on_signals
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import to_yaml
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.client import CoordinatorClient, DirectClient, Fenced, HttpClient
+from qlora_dist.coordinate.host import this_host
 from qlora_dist.coordinate.rundir import open_run
 from qlora_dist.coordinate.service import CoordinatorService
 from qlora_dist.coordinate.state import Coordinator
@@ -62,7 +63,7 @@ def run_with_torchrun(config: RunConfig, run_dir: Path, train_name: str = TRAIN)
     run_dir = run_dir.resolve()
     coordinator = Coordinator(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
     client = DirectClient(coordinator)
-    client.call("start_job", launcher="torchrun", host=socket.gethostname(), pid=os.getpid())
+    client.call("start_job", launcher="torchrun", host=this_host(), pid=os.getpid())
     token, key = secrets.token_urlsafe(32), secrets.token_hex(8)
     service = CoordinatorService(coordinator, token)
     write_address(run_dir, service.url, token, key)
@@ -77,7 +78,7 @@ def run_with_torchrun(config: RunConfig, run_dir: Path, train_name: str = TRAIN)
         metrics = serving(config.track.prometheus_port, coordinator)
         with environment(settings), metrics, stop_on_signals(run_dir) as signals:
             while True:
-                reason = _run_attempt(config, run_dir, client, train_name)
+                reason = _run_attempt(config, run_dir, client, train_name, signals)
                 if reason is None:
                     return signals.outcome(read_outcome(client))
                 answer = client.call("should_restart", message=reason, max_restarts=config.launch.max_restarts)
@@ -88,7 +89,9 @@ def run_with_torchrun(config: RunConfig, run_dir: Path, train_name: str = TRAIN)
         service.stop()
 
 
-def _run_attempt(config: RunConfig, run_dir: Path, client: CoordinatorClient, train_name: str) -> str | None:
+def _run_attempt(
+    config: RunConfig, run_dir: Path, client: CoordinatorClient, train_name: str, signals: StopSignals
+) -> str | None:
     """One worker group; why it failed, None where all its workers ended well."""
     attempt = next_attempt(run_dir)
     rank_log(run_dir, attempt, 0).parent.mkdir(parents=True)
@@ -96,6 +99,7 @@ def _run_attempt(config: RunConfig, run_dir: Path, client: CoordinatorClient, tr
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="qlora-dist-") as agent_logs:
+        signals.scratch = Path(agent_logs)
         agent = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -144,7 +148,7 @@ def _explain(error: ChildFailedError, client: CoordinatorClient) -> str:
     # Those that torch's agent ended itself, after the first failure, died of SIGTERM.
     killed = {r: f for r, f in error.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM}
     if killed:
-        host = socket.gethostname()
+        host = this_host()
         return "; ".join(
             f"rank {rank} (host {host}, pid {failure.pid}) died of {signal.Signals(-failure.exitcode).name}"
             for rank, failure in sorted(killed.items())
@@ -238,7 +242,7 @@ def _host_coordinator(
     info = open_run(run_dir, to_yaml(config))
     coordinator = Coordinator(run_dir, config.checkpoint.keep_last, config.checkpoint.keep_best)
     client = DirectClient(coordinator)
-    client.call("start_job", launcher="torchrun", host=socket.gethostname(), pid=os.getpid(), session=_session())
+    client.call("start_job", launcher="torchrun", host=this_host(), pid=os.getpid(), session=_session())
     metrics = serving(config.track.prometheus_port, coordinator)
     if store is None:
         with metrics:

@@ -11,7 +11,6 @@ import fcntl
 import json
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Any
 
 from qlora_dist.config.errors import UserError
 from qlora_dist.coordinate.files import fsync_folder
+from qlora_dist.coordinate.host import this_host
 
 logger = logging.getLogger(__name__)
 Event = dict[str, Any]
@@ -56,7 +56,7 @@ class EventLog:
             self._acquire(descriptor)
             os.ftruncate(descriptor, 0)
             with contextlib.suppress(OSError):  # the holder's name is a courtesy: a full disk must not stop a reader
-                os.pwrite(descriptor, f"process {os.getpid()} on host {socket.gethostname()}".encode(), 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on host {this_host()}".encode(), 0)
             self._owner = threading.get_ident()
             try:
                 yield

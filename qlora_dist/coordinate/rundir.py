@@ -4,13 +4,13 @@ import hashlib
 import json
 import os
 import secrets
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_dist.config.errors import UserError
 from qlora_dist.coordinate.files import explain, write_atomically
+from qlora_dist.coordinate.host import this_host
 from qlora_dist.coordinate.log import EventLog
 from qlora_dist.coordinate.manifest import CHECKPOINTS
 
@@ -64,7 +64,7 @@ def open_run(run_dir: Path, config_yaml: str) -> RunInfo:
                 {
                     "kind": "opened",
                     "time": time.time(),
-                    "host": socket.gethostname(),
+                    "host": this_host(),
                     "pid": os.getpid(),
                     "config_sha256": hashlib.sha256(config).hexdigest(),
                 }
@@ -110,7 +110,7 @@ def check_shared(run_dir: Path, nonce: str, wait_s: float = 30.0) -> None:
         if found == nonce:
             return
         if found is not None:
-            raise UserError("run-folder-of-another-run", run_dir=run_dir, host=socket.gethostname())
+            raise UserError("run-folder-of-another-run", run_dir=run_dir, host=this_host())
         if time.monotonic() > deadline:
-            raise UserError("run-folder-not-seen", run_dir=run_dir, host=socket.gethostname())
+            raise UserError("run-folder-not-seen", run_dir=run_dir, host=this_host())
         time.sleep(0.2)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -87,8 +88,12 @@ def _is(process: psutil.Process, *names: str) -> bool:
 @pytest.mark.parametrize(
     "backend", ["torchrun", pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.timeout(200)])]
 )
-def test_a_second_sigterm_ends_the_run_at_once(backend: str, tmp_path: Path) -> None:
+def test_a_second_sigterm_ends_the_run_at_once(
+    backend: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The workers of this toy do not hear of a stop; SIGUSR1 may come as often as it likes."""
+    temporary = tmp_path_factory.mktemp("tmp")
+    monkeypatch.setenv("TMPDIR", str(temporary))
     process = start_toy("hang", tmp_path, f"backend={backend}")
     wait_until(lambda: len(started(tmp_path)) == 2)
     processes = family(process)
@@ -98,12 +103,17 @@ def test_a_second_sigterm_ends_the_run_at_once(backend: str, tmp_path: Path) -> 
         os.kill(process.pid, number)
         wait_until(lambda: "SIGUSR1 to the process" in asked.read_text(), 30)
     assert all(worker.is_running() for worker in workers)
+    assert backend == "ray" or list(temporary.glob("qlora-dist-*"))
     assert process.poll() is None
+    # Two signals that are pending at the same time are one.
+    time.sleep(1)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert err.count("SIGUSR1: a checkpoint at the next step boundary") == 1
     assert asked.read_text().count('"stop"') == 1
+    assert "SIGTERM again: ended at once" in err
+    assert not list(temporary.glob("qlora-dist-*"))
     wait_until(lambda: all_gone(workers), 30)
     helpers = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
     wait_until(lambda: all_gone([p for p in processes if not _is(p, *helpers)]), 30)

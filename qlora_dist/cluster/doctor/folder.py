@@ -10,6 +10,7 @@ import secrets
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ SEEN_WAIT_S = 3.0
 LOCK_TIMEOUT_S = 20.0
 
 
-def folder_facts(run_dir: Path, meeting: Meeting) -> Facts:
+def folder_facts(run_dir: Path, meeting: Meeting, tell: Callable[[Facts], None]) -> Facts:
     """How the run folder behaves on this node.
 
     Args:
         meeting: of one rank a node; all of them call this.
+        tell: takes {"probe": the folder that is made here}, which stays where this process is killed.
 
     Returns:
         {"error": ...} where this node sees another folder or cannot write; else what was measured, see `_use`.
@@ -41,9 +43,10 @@ def folder_facts(run_dir: Path, meeting: Meeting) -> Facts:
         if "error" in told:
             return {"skipped": "the first node could not write"}
         return _follow(Path(told["path"]), told["nonce"], meeting)
-    probe = existing(run_dir) / f".doctor-{secrets.token_hex(6)}"
-    nonce = secrets.token_hex(16)
+    probe, nonce = None, secrets.token_hex(16)
     try:
+        probe = existing(run_dir) / f".doctor-{secrets.token_hex(6)}"
+        tell({"probe": str(probe)})
         probe.mkdir()
         write_atomically(probe / RUN_FILE, json.dumps({"run_id": "doctor", "nonce": nonce, "created": 0.0}).encode())
         write_atomically(probe / "replaced", b"before")
@@ -53,7 +56,8 @@ def folder_facts(run_dir: Path, meeting: Meeting) -> Facts:
         meeting.tell("folder", {"error": error.strerror})
         return {"error": _sentence(error, run_dir)}
     finally:
-        shutil.rmtree(probe, ignore_errors=True)
+        if probe is not None:
+            shutil.rmtree(probe, ignore_errors=True)
 
 
 def _follow(probe: Path, nonce: str, meeting: Meeting) -> Facts:
@@ -149,5 +153,7 @@ def _sentence(error: OSError | UserError, folder: Path) -> str:
     """What is wrong, without the mend, which is the examination's to give."""
     told = explain(error, folder) if isinstance(error, OSError) else error
     return (
-        f"{folder}: {error.strerror}" if told is error and isinstance(error, OSError) else str(told).partition(";")[0]
+        f"{folder}: {error.strerror or error}"
+        if told is error and isinstance(error, OSError)
+        else str(told).partition(";")[0]
     )

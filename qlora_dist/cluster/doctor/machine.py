@@ -133,8 +133,9 @@ def places(wanted: Wanted) -> dict[str, Path]:
 
 
 def existing(path: Path) -> Path:
-    """The nearest part of a path that is there."""
-    return next(part for part in (path, *path.parents) if part.exists())
+    """The nearest part of a path that is there and that this user may see."""
+    # Path.exists raises where a folder above may not be read.
+    return next(part for part in (path, *path.parents) if os.path.exists(part))
 
 
 def space(what: str, path: Path) -> Facts:
@@ -160,7 +161,7 @@ def _filesystem(path: Path) -> str:
 
 
 def _exists(path: str) -> bool:
-    return Path(path).expanduser().exists()
+    return os.path.exists(os.path.expanduser(path))
 
 
 # Ports

@@ -39,6 +39,9 @@ def in_time(function: Callable[[], Facts], limit_s: float = ANSWER_S) -> Facts:
 
 def plain(error: Exception) -> str:
     """One short line of an exception, without secrets."""
+    if isinstance(error, OSError) and error.strerror:
+        # Its first argument is a number.
+        return redact(error.strerror if error.filename is None else f"{error.strerror}: {error.filename}")[:160]
     cause: Any = error.args[0] if error.args else error
     while getattr(cause, "reason", None) is not None:
         cause = cause.reason

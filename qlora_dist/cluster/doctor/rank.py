@@ -87,7 +87,7 @@ def examine_between_nodes(wanted: Wanted, leaders: Any, tell: Tell) -> None:
         with stage("clock", tell) as facts:
             facts |= clocks(leaders)
     with stage("folder", tell) as facts:
-        facts |= folder_facts(Path(wanted.run_dir), leaders)
+        facts |= folder_facts(Path(wanted.run_dir), leaders, tell)
 
 
 def examine_collectives(meeting: Any, device: str | None, leads_node: bool, tell: Tell) -> None:

@@ -96,9 +96,11 @@ def _run_rank(settings: Facts) -> Facts:
     facts: Facts = {name: settings[name] for name in ("rank", "local_rank", "node")}
     for line in out.splitlines():
         facts |= json.loads(line)
-    begun = facts.pop("begun", "start")
+    begun, probe = facts.pop("begun", "start"), facts.pop("probe", None)
     if why is None and process.returncode != 0:
         why = _death(process.returncode, errors)
+    if why is not None and begun == "folder" and probe is not None:
+        why = f"{why}; it leaves {probe} there, to be removed"
     return facts if why is None else {**facts, "stuck": begun, "why": why}
 
 

@@ -173,12 +173,17 @@ def _values(parts: Tensors, bits: Bits, sizes: list[int]) -> Tensor:
     blocks = sum(math.ceil(size / block) for size in sizes)
     _require(values, blocks * block * bits // 8, torch.uint8)
     _require(parts["scales"], blocks, torch.bfloat16)
+    elements = _table(bits).index_select(0, values.int())
+    return elements.reshape(-1, block).mul_(parts["scales"].float()[:, None]).reshape(-1)
+
+
+def _table(bits: Bits) -> Tensor:
+    """What each byte stands for: float32 [256, elements a byte]."""
     if bits == 8:
-        codes = bnb.create_dynamic_map()[values.int()]
-    else:
-        # The first of two elements is in the high half of the byte.
-        codes = bnb.get_4bit_type("nf4", device="cpu")[torch.stack([values >> 4, values & 15], 1).int()]
-    return (codes.reshape(-1, block) * parts["scales"].float()[:, None]).reshape(-1)
+        return bnb.create_dynamic_map()[:, None]
+    codes = bnb.get_4bit_type("nf4", device="cpu")
+    # The first of two elements is in the high half of the byte.
+    return torch.stack([codes.repeat_interleave(16), codes.repeat(16)], 1)
 
 
 def _require(tensor: Tensor, size: int, dtype: torch.dtype) -> None:

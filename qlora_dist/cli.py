@@ -178,13 +178,15 @@ def doctor(
         str | None, typer.Option(help="HOST:PORT of a Ray cluster, all of whose nodes are looked at.")
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="The run folder to look at, where no CONFIG names it.")] = None,
-    port: Annotated[list[int] | None, typer.Option(help="A port that must be free here; may be repeated.")] = None,
+    port: Annotated[
+        list[int] | None, typer.Option(min=1, max=65535, help="A port that must be free here; may be repeated.")
+    ] = None,
     limit: Annotated[float, typer.Option(min=1, help="Seconds that one rank waits for another.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object, with all facts.")] = False,
 ) -> None:
     """Look at the machine, or at every node, before a run: a verdict and a mend for each line.
 
-    Started by torchrun or srun it looks at every rank. Exit code 1 where a line fails.
+    Started by torchrun or srun it looks at every rank. Exit code 1 where a line fails, but under torchrun 0.
     """
     from qlora_dist.cluster.doctor import command, table
 
@@ -196,7 +198,9 @@ def doctor(
         print(json.dumps(table.as_json(*told), indent=1))
     else:
         table.show(told[0], Console(highlight=False))
-    raise typer.Exit(1 if table.worst(told[0]) == "fail" else 0)
+    # torchrun takes any other code for a crash and buries the table under a traceback of its own.
+    failed = table.worst(told[0]) == "fail" and "TORCHELASTIC_RUN_ID" not in os.environ
+    raise typer.Exit(1 if failed else 0)
 
 
 @contextmanager

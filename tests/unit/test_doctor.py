@@ -1,12 +1,16 @@
 """`qlora-dist doctor`: its table and its exit codes; of nodes see tests/cluster."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from qlora_dist.cli import app
+from qlora_dist.cluster.doctor import command
 from qlora_dist.cluster.doctor.examine import examine
 from qlora_dist.cluster.doctor.lines import Line
 from qlora_dist.cluster.doctor.table import as_json, show, worst
@@ -36,6 +40,24 @@ def test_the_gravest_verdict_decides() -> None:
     assert worst(lines) == "ok"
     assert worst([*lines, Line("c", "warn", "")]) == "warn"
     assert worst([*lines, Line("c", "warn", ""), Line("d", "fail", "")]) == "fail"
+
+
+@pytest.mark.parametrize(("environment", "code"), [({}, 1), ({"TORCHELASTIC_RUN_ID": "none"}, 0)])
+def test_under_torchrun_a_fail_is_in_the_table_only(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], code: int
+) -> None:
+    """torchrun takes rank 0's exit code for a crash."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(command, "diagnose", lambda *_: ([Line("ports", "fail", "29400 is taken", "end that")], []))
+    done = CliRunner().invoke(app, ["doctor", "--json"], env=environment)
+    assert (done.exit_code, json.loads(done.stdout)["verdict"]) == (code, "fail")
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "70000"])
+def test_a_port_that_there_is_not_is_refused(port: str) -> None:
+    done = CliRunner().invoke(app, ["doctor", "--port", "29400", "--port", port])
+    assert done.exit_code == 2
+    assert "'--port'" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """`qlora-dist doctor`: what a machine says of itself."""
 
+import errno
 import json
 import os
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +24,22 @@ def test_a_port_is_free_taken_by_somebody_or_anybody_s() -> None:
         assert found["ephemeral"]
     assert machine.port_facts([Port(number, "test")])[0]["taken_by"] is None
     assert not machine.port_facts([Port(9, "test")])[0]["ephemeral"]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "said"),
+    [(errno.EACCES, "needs root"), (errno.EADDRNOTAVAIL, "cannot be listened on: Cannot assign requested address")],
+)
+def test_a_port_that_may_not_be_had_is_not_taken(monkeypatch: pytest.MonkeyPatch, refusal: int, said: str) -> None:
+    """In place of the system, which may let everybody have port 80 in a container."""
+
+    class Refused(socket.socket):
+        def bind(self, address: Any) -> None:
+            raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(socket, "socket", Refused)
+    (found,) = machine.port_facts([Port(80, "test")])
+    assert (found["taken_by"], found["refused"]) == (None, said)
 
 
 def test_memory_that_a_control_group_of_either_version_leaves(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def ports(nodes: Sequence[Node], wanted: Wanted) -> Iterator[Line]:
         )
         yield Line("ports", "skipped", why)
         return
-    fine = [(node, port) for node, port in found if port["taken_by"] is None]
+    fine = [(node, port) for node, port in found if port["taken_by"] is None and port["refused"] is None]
     for node, port in found:
         number, why = port["port"], port["why"]
         other = "set MASTER_PORT to another" if why == "MASTER_PORT" else "use another port"
@@ -226,6 +226,10 @@ def ports(nodes: Sequence[Node], wanted: Wanted) -> Iterator[Line]:
                 "ports", "fail" if port["needed"] else "warn",
                 f"{number} ({why}){on([node.label], nodes)} is taken by {port['taken_by']}", f"end that, or {other}",
             )  # fmt: skip
+        elif port["refused"] is not None:
+            mend = "use one above 1023" if port["refused"] == "needs root" else other
+            text = f"{number} ({why}){on([node.label], nodes)} {port['refused']}"
+            yield Line("ports", "fail" if port["needed"] else "warn", text, mend)
         elif port["ephemeral"] and port["needed"]:
             fine.remove((node, port))
             yield Line(

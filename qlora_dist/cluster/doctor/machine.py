@@ -1,5 +1,6 @@
 """What a machine says of itself: versions, memory, space, ports, GPUs. Imports no torch, and waits for nothing long."""
 
+import errno
 import hashlib
 import os
 import platform
@@ -168,34 +169,45 @@ def _exists(path: str) -> bool:
 
 
 def port_facts(ports: Sequence[Port]) -> list[Facts]:
-    """Whether each port is free on this machine, who has it, and whether the system may hand it to anybody."""
+    """Whether each port is free on this machine, who has it, and whether the system may hand it to anybody.
+
+    Returns:
+        Of each: port, why, needed, taken_by and refused (sentences, None where it is free), ephemeral.
+    """
     low, high = (int(number) for number in EPHEMERAL.read_text().split())
     reserved = [part.partition("-") for part in RESERVED.read_text().strip().split(",") if part]
     kept = {number for a, _, b in reserved for number in range(int(a), int(b or a) + 1)}
     return [
         {
-            "port": port.number, "why": port.why, "needed": port.needed, "taken_by": _taken_by(port.number),
+            "port": port.number, "why": port.why, "needed": port.needed, **_listened(port.number),
             "ephemeral": low <= port.number <= high and port.number not in kept,
         }
         for port in ports
     ]  # fmt: skip
 
 
-def _taken_by(port: int) -> str | None:
-    """Who listens on a port; None where it is free."""
+def _listened(port: int) -> dict[str, str | None]:
+    """Who listens on a port, or why nobody of this user's can; None and None where it is free."""
     with socket.socket() as probe:
         # As those do who will listen there: a connection that has ended just now is in nobody's way.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
             probe.listen(1)
-            return None
+            return {"taken_by": None, "refused": None}
         except OSError as error:
-            refused = error.strerror
+            if error.errno == errno.EACCES:
+                return {"taken_by": None, "refused": "needs root"}
+            if error.errno != errno.EADDRINUSE:
+                return {"taken_by": None, "refused": f"cannot be listened on: {error.strerror}"}
+    return {"taken_by": _listener(port), "refused": None}
+
+
+def _listener(port: int) -> str:
     for connection in psutil.net_connections("tcp"):
         if connection.laddr and connection.laddr.port == port and connection.pid and connection.status == "LISTEN":
             return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
-    return f"a process that this user may not see ({refused})"
+    return "a process that this user may not see"
 
 
 # GPUs

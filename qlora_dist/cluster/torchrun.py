@@ -27,6 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from qlora_dist.cluster.address_file import read_address, write_address
+from qlora_dist.cluster.launched import MOST_PORT, given, number
 from qlora_dist.cluster.network import address_towards, interface_settings
 from qlora_dist.cluster.outcome import Outcome, read_outcome
 from qlora_dist.cluster.output import next_attempt, rank_log
@@ -181,11 +182,18 @@ def run_as_worker(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> 
     """Be the worker that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT make of this process.
 
     Rank 0 opens the run folder and hosts the coordinator; what the train function raises is raised here.
+
+    Raises:
+        UserError: one of them is missing or odd.
     """
     run_dir = run_dir.resolve()
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    world_size = number(os.environ, "WORLD_SIZE")
+    rank = number(os.environ, "RANK", most=world_size - 1)
     config = with_world_size(config, world_size)
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = number(os.environ, "LOCAL_RANK", 0)
+    if world_size > 1:
+        given(os.environ, "MASTER_ADDR")
+        number(os.environ, "MASTER_PORT", most=MOST_PORT)
     device = choose_device(config, local_rank)
     if not on_one_machine(world_size):
         os.environ |= interface_settings(_address_towards_master())
@@ -214,12 +222,12 @@ def run_as_worker(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> 
 
 def on_one_machine(world_size: int) -> bool:
     """Whether the launcher that set this process's environment started all workers here."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == world_size
+    return number(os.environ, "LOCAL_WORLD_SIZE", 0) == world_size
 
 
 def _address_towards_master() -> str:
     try:
-        return address_towards(os.environ["MASTER_ADDR"])
+        return address_towards(given(os.environ, "MASTER_ADDR"))
     except OSError as error:
         raise UserError("master-unreachable", host=os.environ["MASTER_ADDR"], error=error) from error
 

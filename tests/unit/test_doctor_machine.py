@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qlora_dist.cluster.doctor import machine
+from qlora_dist.cluster.doctor import machine, start
 from qlora_dist.cluster.doctor.wanted import Port, Wanted
 
 
@@ -97,12 +97,16 @@ def test_nvidia_smi_is_read_an_older_one_too(tmp_path: Path, monkeypatch: pytest
     assert "could not communicate" in machine.gpus()["error"]
 
 
-def test_this_machine_s_facts_are_json_and_true(tmp_path: Path) -> None:
+def test_this_machine_s_facts_are_json_and_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
     found = json.loads(
         json.dumps(machine.machine_facts(Wanted(str(tmp_path / "a" / "b"), paths={"data.train": "/no"})))
     )
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["missing"] == ["data.train=/no"]
+    assert found["host"] == "n7"
+    monkeypatch.setattr(start, "run_ranks", list)
+    assert [rank["node"] for rank in start.examine_machine(Wanted("/r", device="cpu"), 5.0)] == ["n7", "n7"]
     places = {place["what"]: place for place in found["space"]}
     assert places["run folder"]["path"] == str(tmp_path)
     assert 0 < found["memory"]["free"] <= found["memory"]["total"]

@@ -1,6 +1,5 @@
 """`qlora-dist doctor`: what a run needs, and where a launcher has put a process."""
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +46,12 @@ def test_which_ports_a_run_listens_on(backend: str | None, environ: dict[str, st
     assert [port.number for port in wanted_ports(wanted, environ, [7])] == [7, *expected]
 
 
-def test_a_process_s_place_among_others() -> None:
+def test_a_process_s_place_among_others(monkeypatch: pytest.MonkeyPatch) -> None:
     assert place_of({}) is None
     assert place_of({"RANK": "0", "WORLD_SIZE": "1"}) is None
     ranks = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "m", "MASTER_PORT": "1"}
-    host = socket.gethostname()
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    host = "n7"  # as `status` and the logs name it
     assert place_of({**ranks, "LOCAL_WORLD_SIZE": "4"}) == Place(5, 8, 1, f"{host}/1", "m", 1)
     assert place_of({**ranks, "GROUP_RANK": "3"}) == Place(5, 8, 1, f"{host}/3", "m", 1)
     # A batch script is one process, however many tasks its job has.

@@ -1,7 +1,6 @@
 """The ranks of an examination that torchrun, srun or whoever sets RANK and WORLD_SIZE has started."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,8 @@ from typing import Any
 
 from qlora_dist.cluster.doctor.start import free_port, run_ranks, settings_of, total_s
 from qlora_dist.cluster.doctor.wanted import Wanted, slurm_port
+from qlora_dist.cluster.launched import MOST_PORT, given, number
+from qlora_dist.coordinate.host import this_host
 
 Facts = dict[str, Any]
 # For what a rank has found to reach rank 0, after the rank is through.
@@ -38,15 +39,19 @@ class Place:
 
 
 def place_of(environ: Mapping[str, str]) -> Place | None:
-    """This process's place among those that a launcher has started; None where there is none, or it is alone."""
-    if "RANK" in environ and int(environ.get("WORLD_SIZE", 1)) > 1:
-        rank, local, host = int(environ["RANK"]), int(environ.get("LOCAL_RANK", 0)), socket.gethostname()
-        number = environ.get("GROUP_RANK")
-        if number is None and "LOCAL_WORLD_SIZE" in environ:
-            number = str(rank // int(environ["LOCAL_WORLD_SIZE"]))
+    """This process's place among those that a launcher has started; None where there is none, or it is alone.
+
+    Raises:
+        UserError: what a launcher sets is there by halves.
+    """
+    if "RANK" in environ and (world_size := number(environ, "WORLD_SIZE", 1)) > 1:
+        rank, local, host = number(environ, "RANK", most=world_size - 1), number(environ, "LOCAL_RANK", 0), this_host()
+        group = environ.get("GROUP_RANK")
+        if group is None and "LOCAL_WORLD_SIZE" in environ:
+            group = str(rank // max(1, number(environ, "LOCAL_WORLD_SIZE")))
         return Place(
-            rank, int(environ["WORLD_SIZE"]), local, host if number is None else f"{host}/{number}",
-            environ["MASTER_ADDR"], int(environ["MASTER_PORT"]),
+            rank, world_size, local, host if group is None else f"{host}/{group}",
+            given(environ, "MASTER_ADDR"), number(environ, "MASTER_PORT", most=MOST_PORT),
             environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True", environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
         )  # fmt: skip
     # Only a step has tasks: a batch script has a number of them, and is one process.

@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 import qlora_dist
 from qlora_dist.cluster.doctor.wanted import Port, Wanted
 from qlora_dist.config.folders import cache_root
+from qlora_dist.coordinate.host import this_host
 
 Facts = dict[str, Any]
 SMI_TIMEOUT_S = 20.0
@@ -42,7 +43,7 @@ RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
 def machine_facts(wanted: Wanted) -> Facts:
     """Everything that needs neither torch nor another node."""
     return {
-        "host": socket.gethostname(),
+        "host": this_host(),
         "python": platform.python_version(),
         "versions": versions(),
         "requires": requirements(),

@@ -12,6 +12,7 @@ from typing import Any
 
 from qlora_dist.cluster.doctor.machine import gpu_count
 from qlora_dist.cluster.doctor.wanted import Wanted
+from qlora_dist.coordinate.host import this_host
 
 Facts = dict[str, Any]
 # What one rank waits for another, times this, is more than all its stages may take where something hangs.
@@ -26,7 +27,7 @@ def examine_machine(wanted: Wanted, limit_s: float) -> list[Facts]:
     host, port = "127.0.0.1", free_port()
     return run_ranks(
         [
-            settings_of(wanted, limit_s, rank, ranks, rank, socket.gethostname(), (host, port), spread=False)
+            settings_of(wanted, limit_s, rank, ranks, rank, this_host(), (host, port), spread=False)
             for rank in range(ranks)
         ]
     )

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qlora_dist.cluster.launched import MOST_PORT, number
 from qlora_dist.config.load import with_absolute_paths
 from qlora_dist.config.schema import RunConfig
 
@@ -96,6 +97,9 @@ def wanted_ports(wanted: Wanted, environ: Mapping[str, str], others: Sequence[in
     Args:
         environ: RANK, MASTER_PORT and SLURM_* where a launcher has set them.
         others: ports that the person asks about.
+
+    Raises:
+        UserError: MASTER_PORT is no port.
     """
     ports = [Port(number, "--port") for number in others]
     first = environ.get("RANK", environ.get("SLURM_PROCID", "0")) == "0"
@@ -103,7 +107,7 @@ def wanted_ports(wanted: Wanted, environ: Mapping[str, str], others: Sequence[in
     if wanted.address is not None or environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return ports
     if "MASTER_PORT" in environ:
-        return [*ports, Port(int(environ["MASTER_PORT"]), "MASTER_PORT")] if first else ports
+        return [*ports, Port(number(environ, "MASTER_PORT", most=MOST_PORT), "MASTER_PORT")] if first else ports
     if "SLURM_JOB_ID" in environ:
         base, node = slurm_port(environ), int(environ.get("SLURM_NODEID", 0))
         launcher = "torchrun" if wanted.backend == "torchrun" else "Ray"

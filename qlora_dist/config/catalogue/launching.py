@@ -7,6 +7,11 @@ LAUNCHING: dict[str, Mendable] = {
         "this process is one of torchrun's workers (RANK and WORLD_SIZE are set), but launch.backend is ray",
         "set launch.backend=torchrun, or start the command without torchrun",
     ),
+    "launched-by-halves": Mendable(
+        "the launcher's variable {variable} is {found}",
+        "start the command with torchrun or accelerate launch, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
+        "MASTER_PORT for each process; without a launcher, unset them",
+    ),
     "world-size-differs": Mendable(
         "launch.num_workers is {num_workers}, but WORLD_SIZE is {world_size}",
         "remove launch.num_workers, or start as many workers as it says",

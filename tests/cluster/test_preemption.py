@@ -13,6 +13,7 @@ import pytest
 
 from qlora_dist.checkpoint.manifest import list_checkpoints, verify
 from qlora_dist.track.metrics import read_metrics
+from tests.cluster.faults import wait_until
 from tests.cluster.test_two_nodes import Job, sections
 from tests.cluster.two_nodes import BIN, RayNodes
 from tests.single import small_config
@@ -26,13 +27,13 @@ print(*[node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeMa
 
 
 @pytest.fixture
-def cluster() -> Iterator[Callable[[Sequence[int]], RayNodes]]:
+def cluster() -> Iterator[Callable[..., RayNodes]]:
     made: list[tuple[RayNodes, Path]] = []
 
-    def make(cpus: Sequence[int]) -> RayNodes:
+    def make(cpus: Sequence[int], blocking: bool = False) -> RayNodes:
         # Not tmp_path: Ray's sockets live below it, and their paths may have 107 characters.
         folder = Path(tempfile.mkdtemp(prefix="qd"))
-        made.append((RayNodes(folder, cpus), folder))
+        made.append((RayNodes(folder, cpus, blocking), folder))
         return made[-1][0]
 
     yield make
@@ -41,12 +42,16 @@ def cluster() -> Iterator[Callable[[Sequence[int]], RayNodes]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def node_id(nodes: RayNodes, node: int) -> str:
+    """Ray's name of a node; "" where it has not joined."""
+    asker = nodes.popen(0, sys.executable, "-c", NODE_ID, nodes.address, nodes.nodes.addresses[node], stdout=-1)
+    return asker.communicate(timeout=60)[0].strip()
+
+
 def drain(nodes: RayNodes, node: int, deadline_s: int) -> None:
     """Tell Ray that a node will be gone in so many seconds."""
-    asker = nodes.popen(0, sys.executable, "-c", NODE_ID, nodes.address, nodes.nodes.addresses[node], stdout=-1)
-    node_id, _ = asker.communicate(timeout=60)
     words = [
-        str(BIN / "ray"), "drain-node", "--address", nodes.address, "--node-id", node_id.strip(),
+        str(BIN / "ray"), "drain-node", "--address", nodes.address, "--node-id", node_id(nodes, node),
         "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the spot instance is wanted back",
         "--deadline-remaining-seconds", str(deadline_s),
     ]  # fmt: skip
@@ -65,11 +70,13 @@ def end(job: Job) -> None:
     assert not [p for checkpoint in list_checkpoints(job.run_dir) for p in verify(checkpoint.path)]
 
 
+@pytest.mark.parametrize("notice", ["ray drain-node", "SIGTERM"])
 def test_a_run_leaves_a_node_before_it_is_gone(
-    cluster: Callable[[Sequence[int]], RayNodes], tiny_model: Path, tmp_path: Path
+    cluster: Callable[..., RayNodes], tiny_model: Path, tmp_path: Path, notice: str
 ) -> None:
     """[1, 2] workers: a checkpoint at the next step, then one worker on the other node, and no step done twice."""
-    nodes = cluster((1, 1))
+    nodes = cluster((1, 1), notice == "SIGTERM")
+    wait_until(lambda: bool(node_id(nodes, 1)), 60)
     config = small_config(
         tmp_path / "run", tiny_model,
         **sections(100_000, backend="ray", num_workers=[1, 2], address=nodes.address, collective_timeout_s=20)
@@ -77,7 +84,11 @@ def test_a_run_leaves_a_node_before_it_is_gone(
     )  # fmt: skip
     job = Job(nodes, tmp_path, config)
     job.wait(lambda: job.last()["step"] >= 10)
-    drain(nodes, 1, 120)
+    if notice == "SIGTERM":
+        # As a Kubernetes pod or a spot instance gets it; Ray then waits 30 s before it ends the node's processes.
+        nodes.blocking.send_signal(signal.SIGTERM)
+    else:
+        drain(nodes, 1, 120)
     drained = time.time()
     job.wait(lambda: job.last()["attempt"] == 2)
     print(f"\nthe first step without the node was done {job.last()['time'] - drained:.1f} s after the notice")
@@ -96,7 +107,7 @@ def test_a_run_leaves_a_node_before_it_is_gone(
 
 
 def test_without_room_elsewhere_nothing_is_lost(
-    cluster: Callable[[Sequence[int]], RayNodes], tiny_model: Path, tmp_path: Path
+    cluster: Callable[..., RayNodes], tiny_model: Path, tmp_path: Path
 ) -> None:
     """One worker, which only the second node can hold: it stands still until another node comes."""
     nodes = cluster((0, 1))

@@ -135,9 +135,13 @@ def two_nodes() -> Nodes:
 
 
 class RayNodes:
-    """A Ray cluster of two raylets, one CPU each; node 0 is the head, where drivers run."""
+    """A Ray cluster of two raylets, one CPU each; node 0 is the head, where drivers run.
 
-    def __init__(self, folder: Path, cpus: Sequence[int] = (1, 1)) -> None:
+    Args:
+        blocking: node 1 is a `ray start --block`, as in a pod, and may join a little later.
+    """
+
+    def __init__(self, folder: Path, cpus: Sequence[int] = (1, 1), blocking: bool = False) -> None:
         self.nodes, self.cpus = two_nodes(), cpus
         self.address = f"{self.nodes.addresses[0]}:{GCS_PORT}"
         # Sockets in it must stay below 108 characters.
@@ -150,16 +154,24 @@ class RayNodes:
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         self.start(0)
-        self.start(1)
+        if blocking:
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            self.blocking = self.popen(1, *self.words(1), "--block", **quiet)
+        else:
+            self.start(1)
 
-    def start(self, node: int) -> None:
-        """Start a node's raylet (and the head's other processes)."""
+    def words(self, node: int) -> list[str]:
+        """The command that starts a node's raylet (and the head's other processes)."""
         role = ["--head", "--port", str(GCS_PORT), "--include-dashboard=false", f"--temp-dir={self.folder}"]
         joins = [f"--address={self.address}"]
-        words = [
+        return [
             str(BIN / "ray"), "start", *(joins if node else role), f"--node-ip-address={self.nodes.addresses[node]}",
             f"--num-cpus={self.cpus[node]}", "--object-store-memory=80000000", "--disable-usage-stats",
         ]  # fmt: skip
+
+    def start(self, node: int) -> None:
+        """Start a node."""
+        words = self.words(node)
         done = subprocess.run(
             self.nodes.command(node, *words), env=self.environment, capture_output=True, text=True, timeout=START_S
         )

@@ -85,15 +85,16 @@ def meet(store: Store, rank: int, world_size: int, limit_s: float) -> Meeting:
         TimeoutError: rank 0 does not say so, or says that this rank came too late.
     """
     everyone = Meeting(store, rank, range(world_size), limit_s)
+    # Rank 0 waits for the others first.
+    patient = Meeting(store, rank, range(world_size), 2 * limit_s)
     if rank == 0:
         everyone.tell("members", sorted(everyone.gather("here", True)))
     else:
         everyone.tell(f"here/{rank}", True)
-        everyone.limit_s *= 2
-    members = everyone.hear("members")
+    members = patient.hear("members")
     if rank not in members:
         raise TimeoutError("the others had begun when this rank came")
-    return everyone.of(members)
+    return Meeting(store, rank, members, limit_s)
 
 
 def clocks(meeting: Meeting) -> dict[str, dict[str, float]]:

@@ -6,8 +6,9 @@ calls `ray drain-node`. Ray places nothing on such a node any more. Ray Train's 
 function, and ends the group at the deadline; ours asks for a checkpoint, as for a planned resize, and moves the group.
 """
 
+import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from qlora_dist.cluster.nodes import Node, live_nodes, room
 from qlora_dist.cluster.output import tell
 
 LOOK_S = 1.0
+# Ray's head answers in milliseconds; one that is stopped or lost, after minutes or never. Longer than a connection to
+# a node may take (PROBE_TIMEOUT_S).
+ANSWER_S = 5.0
 # A node that is still there so long after its deadline stays for now: the workers that hold still go on.
 GRACE_S = 30.0
 
@@ -34,6 +38,50 @@ def staying(nodes: Sequence[Node]) -> list[Node]:
     """Those that are not to be taken away."""
     leaving = leaving_nodes()
     return [node for node in nodes if node.node_id not in leaving]
+
+
+class NoAnswer(Exception):
+    """Nobody said what was asked, or nothing that can be used: nothing is known now."""
+
+
+class Patience:
+    """Asks what may block, in a thread, and waits for `ANSWER_S` at most.
+
+    Ray Train's controller decides in its event loop: while it waits here, it looks at no worker.
+    """
+
+    def __init__(self) -> None:
+        self._asker: threading.Thread | None = None
+
+    def ask(self, question: Callable[..., Any], *words: Any, **named: Any) -> Any:
+        """The answer of `question(*words, **named)`.
+
+        Raises:
+            NoAnswer: there was none in time, the question raised, or an earlier one still has none.
+        """
+        if self._asker is not None and self._asker.is_alive():
+            raise NoAnswer("an earlier question has no answer yet")
+        answers: list[Any] = []
+        errors: list[Exception] = []
+
+        def answer() -> None:
+            try:
+                answers.append(question(*words, **named))
+            except Exception as error:
+                errors.append(error)
+
+        self._asker = threading.Thread(target=answer, name="asks-ray", daemon=True)
+        self._asker.start()
+        self._asker.join(ANSWER_S)
+        if errors:
+            raise NoAnswer(f"{type(errors[0]).__name__}: {errors[0]}".splitlines()[0]) from errors[0]
+        if not answers:
+            raise NoAnswer(f"no answer within {ANSWER_S:g} s")
+        return answers[0]
+
+    def __reduce__(self) -> tuple[type["Patience"], tuple[()]]:
+        # It travels to the controller with its policy.
+        return Patience, ()
 
 
 class Evacuation:
@@ -52,6 +100,8 @@ class Evacuation:
         self._least, self._most, self._worker = least, most, worker
         self._next_look = 0.0
         self._told: set[str] = set()
+        self._patience = Patience()
+        self._unknown = False
         self.asked = False
 
     def forget(self) -> None:
@@ -61,6 +111,8 @@ class Evacuation:
     def look(self, placed: Sequence[str]) -> int | None:
         """The number of workers to start the group anew with, all of them holding still; None where it stays as it is.
 
+        Where Ray or the coordinator does not say what is asked, the group stays as it is until the next look.
+
         Args:
             placed: the node id of each worker.
         """
@@ -68,22 +120,34 @@ class Evacuation:
         if now < self._next_look:
             return None
         self._next_look = now + LOOK_S
-        leaving = {node: deadline for node, deadline in leaving_nodes().items() if node in placed}
+        try:
+            workers = self._look(placed)
+        except NoAnswer as error:
+            if not self._unknown:
+                tell(self._run_dir, f"whether a node of this run will be taken away is not known now: {error}")
+            self._unknown = True
+            return None
+        self._unknown = False
+        return workers
+
+    def _look(self, placed: Sequence[str]) -> int | None:
+        away: dict[str, float | None] = self._patience.ask(leaving_nodes)
+        leaving = {node: deadline for node, deadline in away.items() if node in placed}
         if self.asked:
-            return self._when_held(placed, leaving)
+            return self._when_held(placed, leaving, away)
         if not leaving:
             return None
-        nodes = live_nodes()
-        workers = self._fit(placed, leaving, nodes)
+        nodes: list[Node] = self._patience.ask(live_nodes)
+        workers = self._fit(placed, away, nodes)
         if workers >= self._least or leaving.keys() - self._told:
             self._ask(len(placed), workers, leaving, nodes)
         return None
 
-    def _fit(self, placed: Sequence[str], leaving: Collection[str], nodes: Sequence[Node]) -> int:
-        """Workers that there is room for on the other nodes: those that are there, and what is free."""
-        others = [node for node in nodes if node.node_id not in leaving]
+    def _fit(self, placed: Sequence[str], away: Collection[str], nodes: Sequence[Node]) -> int:
+        """Workers that there is room for on the nodes that stay: those that are there, and what is free."""
+        others = [node for node in nodes if node.node_id not in away]
         there = sum(placed.count(node.node_id) for node in others)
-        return min(self._most, there + room([node.free for node in staying(others)], self._worker))
+        return min(self._most, there + room([node.free for node in others], self._worker))
 
     def _ask(self, before: int, workers: int, leaving: dict[str, float | None], nodes: Sequence[Node]) -> None:
         addresses = ", ".join(sorted(node.address for node in nodes if node.node_id in leaving))
@@ -92,30 +156,32 @@ class Evacuation:
         enough = workers >= self._least
         then = f"going on with {workers} worker(s) elsewhere" if enough else "no room for the run without it yet"
         reason = f"Ray is taking node {addresses} away{when}; {then}"
-        asked = self._client.call("request_resize", workers=workers if enough else before, reason=reason)["asked"]
-        self.asked = asked
-        if asked:
+        self.asked = self._call("request_resize", workers=workers if enough else before, reason=reason)["asked"]
+        if self.asked:
             self._told |= leaving.keys()
             tell(self._run_dir, reason)
 
-    def _when_held(self, placed: Sequence[str], leaving: dict[str, float | None]) -> int | None:
-        resize = self._client.call("resize_state")
+    def _when_held(self, placed: Sequence[str], leaving: dict[str, float | None], away: Collection[str]) -> int | None:
+        resize = self._call("resize_state")
         self.asked = resize["asked"]
         if not self.asked or resize["held_step"] is None:
             return None
-        nodes = live_nodes()
+        nodes: list[Node] = self._patience.ask(live_nodes)
         if not leaving and not set(placed) <= {node.node_id for node in nodes}:
             # It has gone; the failure of the group is about to be noticed.
             return None
-        workers = self._fit(placed, leaving, nodes)
+        workers = self._fit(placed, away, nodes)
         if leaving and workers >= self._least:
             self.asked = False
             tell(self._run_dir, f"starting {workers} worker(s) on the other nodes after step {resize['held_step']}")
             return workers
         if all(deadline is None or time.time() > deadline + GRACE_S for deadline in leaving.values()):
+            self._call("cancel_resize", reason="the node is still there, and there is no room without it")
             self.asked = False
-            self._client.call("cancel_resize", reason="the node is still there, and there is no room without it")
         return None
+
+    def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
+        return dict(self._patience.ask(self._client.call, method, **arguments))
 
 
 def nodes_of(worker_group_state: Any) -> list[str]:

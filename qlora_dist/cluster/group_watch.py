@@ -6,7 +6,6 @@ new `fit` alone takes 9 s to that line. And it is what elastic resizing builds o
 """
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from qlora_dist.cluster.actor import RayClient
-from qlora_dist.cluster.network import interface_settings
+from qlora_dist.cluster.network import free_port, interface_settings
 from qlora_dist.cluster.nodes import live_nodes
 from qlora_dist.cluster.output import rank_log, tell
 from qlora_dist.config.errors import UserError
@@ -172,9 +171,7 @@ def _answers(ping: Any) -> bool:
 
 def find_address() -> tuple[str, int]:
     """This worker's address and a port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+    return ray.util.get_node_ip_address(), free_port()
 
 
 def set_environment(common: dict[str, str]) -> None:

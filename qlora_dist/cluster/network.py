@@ -31,6 +31,13 @@ def address_towards(host: str) -> str:
         return str(probe.getsockname()[0])
 
 
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 def interface_settings(address: str) -> dict[str, str]:
     """Environment variables that make gloo and NCCL use the interface of `address`; what a person has set stays."""
     name = interface_of(address)

@@ -7,7 +7,6 @@ Waiting times on two cores, two CPU workers: 3 s for a local cluster, 9 s from `
 import contextlib
 import logging
 import os
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from qlora_dist.cluster.outcome import Outcome, read_outcome
 from qlora_dist.cluster.output import Follower, logs_folder, next_attempt, rank_log, send_output_to
 from qlora_dist.cluster.preemption import FixedPolicy
 from qlora_dist.cluster.process import TRAIN, environment, import_function
+from qlora_dist.cluster.ray_address import probe_address, ray_address
 from qlora_dist.cluster.stop_signals import stop_on_signals
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import RunConfig
@@ -35,7 +35,6 @@ from qlora_dist.coordinate.host import this_host
 from qlora_dist.coordinate.rundir import read_run
 
 POLL_S = 0.5
-PROBE_TIMEOUT_S = 5.0
 # For the controller to end, after Ctrl-C.
 END_S = 10.0
 AGAIN = "With Ray there again, the same command goes on from the last checkpoint"
@@ -188,7 +187,7 @@ def _cluster(config: RunConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = config.launch.address or os.environ.get("RAY_ADDRESS")
+    address, source = ray_address(config.launch.address)
     options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         launch = config.launch
@@ -202,34 +201,17 @@ def _cluster(config: RunConfig) -> Iterator[None]:
             **options,
         )
     else:
-        probe_address(address)
+        probe_address(address, source)
         try:
             ray.init(address=address, **options)
         except (ConnectionError, ValueError) as error:
             if "AuthToken" in str(error.__cause__):
-                raise UserError("ray-token", address=address) from error
-            raise UserError("ray-not-joined", address=address, error=error) from error
+                raise UserError("ray-token", source=source, address=address) from error
+            raise UserError("ray-not-joined", source=source, address=address, error=error) from error
     try:
         yield
     finally:
         ray.shutdown()
-
-
-def probe_address(address: str) -> None:
-    """Refuse in seconds what `ray.init` would try for minutes before it ends the process.
-
-    Raises:
-        UserError: nobody listens there, or it is an address of another kind.
-    """
-    if address in ("auto", "local"):
-        return
-    host, _, port = address.rpartition(":")
-    if "://" in address or not host or not port.isdigit():
-        raise UserError("ray-address-form", address=address)
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_TIMEOUT_S).close()
-    except OSError as error:
-        raise UserError("ray-not-there", address=address, error=error) from error
 
 
 def worker_resources(config: RunConfig) -> dict[str, float]:

@@ -12,7 +12,7 @@ import ray
 
 from qlora_dist.cluster.actor import start_coordinator
 from qlora_dist.cluster.launch import launch
-from qlora_dist.cluster.ray_driver import probe_address
+from qlora_dist.cluster.ray_address import probe_address
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import to_yaml
 from qlora_dist.coordinate.client import CoordinatorError
@@ -146,4 +146,4 @@ def test_the_coordinator_survives_its_actor(tmp_path):
 )
 def test_an_address_without_a_cluster_is_refused_at_once(address, sentence):
     with pytest.raises(UserError, match=sentence):
-        probe_address(address)
+        probe_address(address, "launch.address")

@@ -61,13 +61,21 @@ def test_a_port_that_there_is_not_is_refused(port: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
-    [(["no.yaml"], "no.yaml"), (["--address", "127.0.0.1:9"], "no Ray cluster answers at launch.address=127.0.0.1:9")],
+    ("words", "environment", "sentence"),
+    [
+        (["no.yaml"], {}, "no.yaml"),
+        (["--address", "127.0.0.1:9"], {}, "no Ray cluster answers at --address=127.0.0.1:9"),
+        ([], {"RAY_ADDRESS": "127.0.0.1:9"}, "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:9"),
+        ([], {"RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
+    ],
 )
-def test_what_a_person_can_mend_is_one_sentence_and_exit_code_2(words: list[str], sentence: str) -> None:
+def test_what_a_person_can_mend_is_one_sentence_and_exit_code_2(
+    words: list[str], environment: dict[str, str], sentence: str
+) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "qlora_dist.cli", "doctor", *words], capture_output=True, text=True, timeout=100
-    )
+        [sys.executable, "-m", "qlora_dist.cli", "doctor", *words], capture_output=True, text=True, timeout=100,
+        env=os.environ | environment,
+    )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert sentence in done.stderr
     assert done.stderr.count("\n") == 1

@@ -11,6 +11,7 @@ from qlora_dist.cluster.doctor.lines import Line
 from qlora_dist.cluster.doctor.machine import port_facts
 from qlora_dist.cluster.doctor.start import examine_machine
 from qlora_dist.cluster.doctor.wanted import wanted_of, wanted_ports
+from qlora_dist.cluster.ray_address import probe_address, ray_address
 from qlora_dist.config.schema import RunConfig
 
 
@@ -29,12 +30,12 @@ def diagnose(
         The lines and the facts of all ranks; None on ranks other than 0.
 
     Raises:
-        UserError: the Ray cluster cannot be joined.
+        UserError: the Ray cluster cannot be joined, or what a launcher has set is there by halves.
     """
     on_ray = config is None or config.launch.backend == "ray"
-    place = place_of(os.environ)
+    place, source = place_of(os.environ), "--address"
     if place is None and address is None and on_ray:
-        address = (config.launch.address if config else None) or os.environ.get("RAY_ADDRESS")
+        address, source = ray_address(config.launch.address if config else None)
     wanted = wanted_of(config, address, folder)
     # Before anything listens on one of them.
     here = port_facts(wanted_ports(wanted, os.environ, ports))
@@ -43,12 +44,11 @@ def diagnose(
         if found is None:
             return None
     elif wanted.address is not None:
+        probe_address(wanted.address, source)
         # Here and not above: Ray takes seconds.
         from qlora_dist.cluster.doctor.ray_nodes import examine_cluster
 
-        found = examine_cluster(wanted, limit_s)
-        for facts in found[:1]:
-            facts["ports"] = here
+        found = examine_cluster(wanted, source, here, limit_s)
     else:
         found = examine_machine(wanted, limit_s)
         found[0]["ports"] = here

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_dist.cluster.doctor.start import free_port, run_ranks, settings_of, total_s
+from qlora_dist.cluster.doctor.start import run_ranks, settings_of, total_s
 from qlora_dist.cluster.doctor.wanted import Wanted, slurm_port
 from qlora_dist.cluster.launched import MOST_PORT, given, number
+from qlora_dist.cluster.network import free_port
 from qlora_dist.coordinate.host import this_host
 
 Facts = dict[str, Any]

@@ -9,10 +9,10 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qlora_dist.cluster.actor import NAMESPACE
-from qlora_dist.cluster.doctor.start import free_port, ranks_here, run_ranks, settings_of, total_s
+from qlora_dist.cluster.doctor.start import ranks_here, run_ranks, settings_of, total_s
 from qlora_dist.cluster.doctor.wanted import Wanted
+from qlora_dist.cluster.network import free_port
 from qlora_dist.cluster.nodes import Node, live_nodes
-from qlora_dist.cluster.ray_driver import probe_address
 from qlora_dist.config.errors import UserError
 
 Facts = dict[str, Any]
@@ -20,14 +20,18 @@ Facts = dict[str, Any]
 START_S = 60.0
 
 
-def examine_cluster(wanted: Wanted, limit_s: float) -> list[Facts]:
+def examine_cluster(wanted: Wanted, source: str, ports: list[Facts], limit_s: float) -> list[Facts]:
     """The facts of every rank on every node of the cluster at `wanted.address`, and which nodes did not answer.
+
+    Args:
+        source: the setting that the address is from.
+        ports: what this machine says of them.
 
     Raises:
         UserError: the cluster cannot be joined.
     """
     assert wanted.address is not None
-    with joined(wanted.address):
+    with joined(wanted.address, source):
         # This one first: others are compared with it.
         here = ray.get_runtime_context().get_node_id()
         living = sorted(live_nodes(), key=lambda node: (node.node_id != here, node.address))
@@ -46,9 +50,21 @@ def examine_cluster(wanted: Wanted, limit_s: float) -> list[Facts]:
             rank += answer["ranks"]
             calls.append((run_ranks, (settings,)))
         answers = on_nodes([node for node, _ in there], calls, total_s(limit_s) + START_S)
-        for (node, _), answer in zip(there, answers, strict=True):
-            found += [_absent(node, answer)] if isinstance(answer, str) else answer
+        found += told([node for node, _ in there], answers, here, ports)
     return sorted(found, key=lambda facts: facts.get("rank", world_size))
+
+
+def told(nodes: Sequence[Node], answers: Sequence[list[Facts] | str], here: str, ports: list[Facts]) -> list[Facts]:
+    """The facts of all ranks; `ports` are those of the node whose id is `here`, and of no other where it is away."""
+    found: list[Facts] = []
+    for node, answer in zip(nodes, answers, strict=True):
+        if isinstance(answer, str):
+            found.append(_absent(node, answer))
+            continue
+        if node.node_id == here:
+            answer[0]["ports"] = ports
+        found += answer
+    return found
 
 
 def on_nodes(nodes: Sequence[Node], calls: Sequence[tuple[Any, tuple[Any, ...]]], limit_s: float) -> list[Any]:
@@ -87,20 +103,19 @@ def _lost(living: Sequence[Node]) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def joined(address: str) -> Iterator[None]:
+def joined(address: str, source: str) -> Iterator[None]:
     """A connection to a Ray cluster.
 
     Raises:
-        UserError: nobody answers there, or it cannot be joined.
+        UserError: it cannot be joined.
     """
-    probe_address(address)
     try:
         # What Ray tells of the tasks would stand in the table.
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         if "AuthToken" in str(error.__cause__):
-            raise UserError("ray-token", address=address) from error
-        raise UserError("ray-not-joined", address=address, error=error) from error
+            raise UserError("ray-token", source=source, address=address) from error
+        raise UserError("ray-not-joined", source=source, address=address, error=error) from error
     try:
         yield
     finally:

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from qlora_dist.cluster.doctor.machine import gpu_count
 from qlora_dist.cluster.doctor.wanted import Wanted
+from qlora_dist.cluster.network import free_port
 from qlora_dist.coordinate.host import this_host
 
 Facts = dict[str, Any]
@@ -41,13 +41,6 @@ def ranks_here(wanted: Wanted) -> int:
 def total_s(limit_s: float) -> float:
     """Seconds after which a rank is ended."""
     return max(LEAST_S, STAGES * limit_s)
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def settings_of(

@@ -25,16 +25,16 @@ LAUNCHING: dict[str, Mendable] = {
         "start fewer workers here or set launch.device=cpu",
     ),
     "ray-address-form": Mendable(
-        "launch.address={address} is not of the form HOST:PORT",
+        "{source}={address} is not of the form HOST:PORT",
         "give the address that `ray start --head` printed, or submit the command to the cluster with `ray job submit`",
     ),
     "ray-not-there": Mendable(
-        "no Ray cluster answers at launch.address={address} ({error})",
-        "start one there with `ray start --head`, or leave launch.address out for a local one",
+        "no Ray cluster answers at {source}={address} ({error})",
+        "start one there with `ray start --head`, or leave {source} out for a local one",
     ),
     "ray-not-joined": Mendable(
-        "launch.address={address} is no Ray cluster that can be joined ({error})",
-        "give the address of a cluster of this Ray version, or leave launch.address out for a local one",
+        "{source}={address} is no Ray cluster that can be joined ({error})",
+        "give the address of a cluster of this Ray version, or leave {source} out for a local one",
     ),
     "cluster-too-small": Mendable(
         "launch.num_workers={workers} needs {needed}, and the Ray cluster has {found} on {nodes} node(s), room for "
@@ -59,7 +59,7 @@ LAUNCHING: dict[str, Mendable] = {
         "last checkpoint",
     ),
     "ray-token": Mendable(
-        "the Ray cluster at launch.address={address} wants a token",
+        "the Ray cluster at {source}={address} wants a token",
         "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head node",
     ),
     "ray-jobs-not-installed": Mendable(

@@ -122,13 +122,19 @@ start_ray() {
     # Not by `ask`: the number would be that of a shell around it.
     "${RUN[@]}" qlora_dist.cluster.slurm_job wait-ray "$RAY_ADDRESS" "$SLURM_JOB_NUM_NODES" "$JOIN_S" &
     waiter=$!
-    while kill -0 "$waiter" 2>/dev/null; do
-        # Where Slurm does not start the nodes' step, or one has failed, nobody will join.
-        kill -0 "${PIDS[-1]}" 2>/dev/null || kill -KILL "$waiter" 2>/dev/null
-        sleep 0.5
+    # A signal ends a wait, too.
+    while kill -0 "$waiter" 2>/dev/null && kill -0 "${PIDS[-1]}" 2>/dev/null; do
+        wait -n "$waiter" "${PIDS[-1]}"
     done
-    await "$waiter" && return
-    say "the nodes did not join a Ray cluster within $JOIN_S s; see $LOGS/ray.log"
+    if kill -0 "${PIDS[-1]}" 2>/dev/null; then
+        await "$waiter" && return
+        say "the nodes did not join a Ray cluster within $JOIN_S s; see $LOGS/ray.log"
+    else
+        # Slurm has not started the nodes' step, or one has failed: nobody will join.
+        kill -KILL "$waiter" 2>/dev/null
+        wait "$waiter" 2>/dev/null
+        say "the nodes' step ended before they had joined a Ray cluster; see $LOGS/ray.log"
+    fi
     return 1
 }
 

@@ -8,6 +8,7 @@ from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.rundir import read_run
 from qlora_dist.track.metrics import MetricsLog
 from qlora_dist.track.sinks import Sink, SinkThread
+from qlora_dist.track.wandb import choose_mode
 
 
 def open_metrics(
@@ -21,7 +22,10 @@ def open_metrics(
     sinks = []
     if config.track.tensorboard:
         sinks.append(SinkThread("TensorBoard", partial(_tensorboard, run_dir), tell))
-    if config.track.wandb != "off":
+    mode = choose_mode(config.track.wandb)
+    if mode == "off" and config.track.wandb != "off":
+        tell("WANDB_MODE=disabled, so W&B gets nothing")
+    if mode != "off":
         sinks.append(SinkThread("W&B", partial(_wandb, config, run_dir, read_run(run_dir).run_id, tell), tell))
     return MetricsLog(run_dir, attempt, resume_step, sinks)
 

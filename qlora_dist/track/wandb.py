@@ -88,9 +88,17 @@ class WandbSink:
         )  # fmt: skip
 
 
-def choose_mode(wanted: str) -> Literal["online", "offline"]:
-    """`online` where a key is found, else `offline`; `wanted` is `track.wandb`, or WANDB_MODE where that is set."""
-    if wanted == "offline" or os.environ.get("WANDB_MODE") == "offline":
+def choose_mode(wanted: str) -> Literal["off", "online", "offline"]:
+    """`online` where a key is found, else `offline`; less of W&B where WANDB_MODE says so.
+
+    Args:
+        wanted: `track.wandb`.
+    """
+    variable = os.environ.get("WANDB_MODE")
+    if wanted == "off" or variable == "disabled":
+        return "off"
+    # "dryrun" is W&B's older word for it.
+    if wanted == "offline" or variable in ("offline", "dryrun"):
         return "offline"
     return "online" if has_key() else "offline"
 

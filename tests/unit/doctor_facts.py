@@ -216,7 +216,6 @@ TROUBLES: dict[str, tuple[Callable[[list[Facts]], None], str, str, str]] = {
         "api.wandb.ai: ConnectionError: refused on b",
     ),
     "wandb key": (change("wandb/answer", "refused"), "fail", "wandb", "api.wandb.ai refuses the key on b"),
-    "wandb mode": (change("wandb/variable", "disabled", 0), "warn", "wandb", "WANDB_MODE=disabled is not heeded"),
     "gated": (change("hub/answer", "gated"), "fail", "hub", "org/model: gated on b"),
     "hub away": (
         change("hub/error", "ConnectError: no route"),

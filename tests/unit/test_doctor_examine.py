@@ -87,6 +87,8 @@ def test_a_machine_without_gpus_is_sound_unless_the_config_wants_them() -> None:
         ({"wanted": "off"}, "skipped", "track.wandb is off"),
         ({"wanted": "offline", "mode": "offline"}, "ok", "track.wandb=offline"),
         ({"wanted": "online", "mode": "offline", "variable": "offline"}, "ok", "WANDB_MODE=offline"),
+        ({"wanted": "online", "mode": "offline", "variable": "dryrun"}, "ok", "WANDB_MODE=dryrun"),
+        ({"wanted": "online", "mode": "off", "variable": "disabled"}, "skipped", "WANDB_MODE=disabled: W&B gets"),
         ({"wanted": "online", "mode": "offline", "key": False}, "warn", "no key for w.example"),
         ({"wanted": "auto", "mode": "offline", "key": False}, "ok", "no key for w.example"),
         ({"wanted": "auto", "mode": "online", "error": "no route"}, "warn", "w.example: no route"),

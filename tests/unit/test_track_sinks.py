@@ -17,7 +17,9 @@ from tensorboardX.proto.event_pb2 import Event
 from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
 from qlora_dist.config.schema import RunConfig
+from qlora_dist.coordinate.rundir import open_run
 from qlora_dist.track import sinks as sinks_module
+from qlora_dist.track.attempt import open_metrics
 from qlora_dist.track.metrics import MetricsLog, read_metrics
 from qlora_dist.track.sinks import SinkThread, join_steps, scalars
 from qlora_dist.track.wandb import choose_mode
@@ -218,6 +220,22 @@ def test_online_needs_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert choose_mode("auto") == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "x")
     assert choose_mode("auto") == "online"
+
+
+def test_wandb_s_own_variable_turns_it_off_or_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    expected = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "off"}
+    for variable, mode in expected.items():
+        monkeypatch.setenv("WANDB_MODE", variable)
+        assert [choose_mode(wanted) for wanted in ("auto", "online", "off")] == [mode, mode, "off"]
+    # What a run makes of it.
+    run = tmp_path / "run"
+    open_run(run, "name: x\n")
+    config = tracked(run, tmp_path)
+    said: list[str] = []
+    open_metrics(config, run, 1, 0, said.append).close()
+    assert said == ["WANDB_MODE=disabled, so W&B gets nothing"]
+    assert not (run / "wandb").exists()
 
 
 def test_records_of_one_step_become_one_row() -> None:

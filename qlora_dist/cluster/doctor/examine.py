@@ -251,17 +251,16 @@ def wandb(nodes: Sequence[Node]) -> Iterator[Line]:
     if wanted == "off":
         yield Line("wandb", "skipped", "track.wandb is off")
         return
+    if first["mode"] == "off":
+        yield Line("wandb", "skipped", f"WANDB_MODE={first['variable']}: W&B gets nothing")
+        return
     verdict: Verdict = "fail" if wanted == "online" else "warn"
     broken = [label for label, facts in told.items() if "error" in facts]
     refused = [label for label, facts in told.items() if facts.get("answer") == "refused"]
     keyless = [label for label, facts in told.items() if not facts["key"]]
-    if first["variable"] in ("disabled", "dryrun") and first["mode"] == "online":
-        yield Line(
-            "wandb", "warn", f"WANDB_MODE={first['variable']} is not heeded: the run goes online", "set track.wandb=off"
-        )
     if all(facts["mode"] == "offline" for facts in told.values()):
-        if wanted == "offline" or first["variable"] == "offline":
-            why = "track.wandb=offline" if wanted == "offline" else "WANDB_MODE=offline"
+        if wanted == "offline" or first["variable"] in ("offline", "dryrun"):
+            why = "track.wandb=offline" if wanted == "offline" else f"WANDB_MODE={first['variable']}"
             yield Line("wandb", "ok", f"{why}: the run is kept in its folder, for `wandb sync`")
         else:
             text = f"no key for {first['host']}, so a run is kept in its folder, for `wandb sync`"

@@ -70,7 +70,8 @@ take_down() {
     local pid tries step most=100
     trap '' USR1 TERM
     [[ $NOTICE == TERM ]] && most=20
-    [[ -z $ASKER ]] || kill "$ASKER" 2>/dev/null
+    # Its child first: started after the end of its parent, it would not know that it has lost it.
+    [[ -z $ASKER ]] || { pkill -P "$ASKER"; kill "$ASKER" 2>/dev/null; }
     [[ $LAUNCHER == torchrun ]] || for pid in "${PIDS[@]}"; do kill -TERM "$pid" 2>/dev/null; done
     for ((tries = 0; tries < most; tries++)); do
         if [[ $LAUNCHER == torchrun ]] || ! kill -0 "${PIDS[@]}" 2>/dev/null; then break; fi

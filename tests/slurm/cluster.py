@@ -52,6 +52,7 @@ ReturnToService=2
 SlurmdTimeout=10
 KillWait=5
 MinJobAge=300
+FirstJobId={first_job}
 OverTimeLimit=0
 GresTypes=gpu
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=8 RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN
@@ -88,7 +89,9 @@ class Slurm:
             (folder / "gpus" / str(number)).touch()
         host = socket.gethostname().partition(".")[0]
         ports = dict(zip(("ctld", "first", "second"), _free_ports(3), strict=True))
-        conf = CONFIGURATION.format(folder=folder, host=host, gpus=GPUS_PER_NODE, **ports)
+        # A job's ports follow from its number: two suites at once are not to clash.
+        first_job = 1 + secrets.randbelow(20000)
+        conf = CONFIGURATION.format(folder=folder, host=host, gpus=GPUS_PER_NODE, first_job=first_job, **ports)
         (folder / "slurm.conf").write_text(conf)
         (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpus/[0-{GPUS_PER_NODE - 1}]\n")
         key = folder / "munge.key"

@@ -58,7 +58,10 @@ def test_killed_and_stopped_workers_are_named_and_replaced(tmp_path, capsys):
         os.kill(stopped, signal.SIGCONT)
 
 
-@pytest.mark.parametrize(("delay_s", "num_workers"), [(0.0, 2), (0.3, 2), (0.0, [1, 2])])
+@pytest.mark.parametrize(
+    ("delay_s", "num_workers"),
+    [pytest.param(0.0, 2, marks=pytest.mark.slow), pytest.param(0.3, 2, marks=pytest.mark.slow), (0.0, [1, 2])],
+)
 def test_a_worker_killed_while_the_group_after_a_failure_is_starting(tmp_path, delay_s, num_workers):
     """What the first failure left behind is no news then; the second group must give its CPUs back."""
 

@@ -143,7 +143,7 @@ def test_the_whole_job_killed_and_the_same_command_again(job: Job, uninterrupted
     wait_until(lambda: all_gone(everything), 30)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stopped_worker_is_named_and_the_run_resumes(job: Job, uninterrupted, rank: int) -> None:
     job.start()
     wait_until(lambda: job.step() >= 12)

@@ -100,8 +100,15 @@ def unsharded_bytes(rank: int, config: RunConfig, num_shards: int) -> tuple[dict
     return {u.name: FrozenUnit(u, num_shards, modules - set(u.modules)).pack() for u in units}, held
 
 
-@pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize(("world_size", "nodes"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "nodes", "cached"),
+    [
+        (2, 1, False),
+        (4, 2, True),
+        pytest.param(2, 1, True, marks=pytest.mark.slow),
+        pytest.param(4, 2, False, marks=pytest.mark.slow),
+    ],
+)
 def test_one_rank_of_a_node_reads_and_each_keeps_its_shard(
     base: Path, cache: Path, tmp_path: Path, world_size: int, nodes: int, cached: bool
 ) -> None:

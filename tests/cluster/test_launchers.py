@@ -58,6 +58,8 @@ def crd_schema(crd: dict[str, Any], version: str) -> dict[str, Any]:
     return schema
 
 
+# Slow, so that it is no skip of `make test`.
+@pytest.mark.slow
 @pytest.mark.skipif("QLORA_DIST_KUBERAY_CRDS" not in os.environ, reason="QLORA_DIST_KUBERAY_CRDS names no folder")
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
 def test_a_manifest_is_valid_by_the_published_crds(path: Path) -> None:

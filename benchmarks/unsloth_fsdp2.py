@@ -32,7 +32,7 @@ def main() -> None:
     started = time.monotonic()
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     with tempfile.TemporaryDirectory() as folder:
-        # The base is imported by Unsloth's builder first: it patches transformers.
+        # Unsloth patches transformers and wants to be imported before it, so nothing comes before this.
         job = Job(
             base=arguments.base, batches=Path(folder) / "batches.safetensors", r=16, lora_alpha=32,
             max_length=arguments.length, device=os.environ.get("DEVICE", "cuda"),

@@ -37,3 +37,10 @@ def probe_address(address: str, source: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_TIMEOUT_S).close()
     except OSError as error:
         raise UserError("ray-not-there", source=source, address=address, error=error) from error
+
+
+def not_joined(address: str, source: str, error: Exception) -> UserError:
+    """What a person is told where `ray.init` could not join the cluster at `address`."""
+    if "AuthToken" in str(error.__cause__):
+        return UserError("ray-token", source=source, address=address)
+    return UserError("ray-not-joined", source=source, address=address, error=error)

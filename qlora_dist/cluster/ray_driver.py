@@ -27,7 +27,7 @@ from qlora_dist.cluster.outcome import Outcome, read_outcome
 from qlora_dist.cluster.output import Follower, logs_folder, next_attempt, rank_log, send_output_to
 from qlora_dist.cluster.preemption import FixedPolicy
 from qlora_dist.cluster.process import TRAIN, environment, import_function
-from qlora_dist.cluster.ray_address import probe_address, ray_address
+from qlora_dist.cluster.ray_address import not_joined, probe_address, ray_address
 from qlora_dist.cluster.stop_signals import stop_on_signals
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import RunConfig
@@ -205,9 +205,7 @@ def _cluster(config: RunConfig) -> Iterator[None]:
         try:
             ray.init(address=address, **options)
         except (ConnectionError, ValueError) as error:
-            if "AuthToken" in str(error.__cause__):
-                raise UserError("ray-token", source=source, address=address) from error
-            raise UserError("ray-not-joined", source=source, address=address, error=error) from error
+            raise not_joined(address, source, error) from error
     try:
         yield
     finally:

@@ -216,7 +216,7 @@ class _BlockFunction(torch.autograd.Function):
         da_MK = block.output.input_gradient(dx1_MW, out_f)
         a_MK = result.transpose(1, 2).reshape(x_MH.shape[0], block.output.K)
         out_g = block.output.factor_gradients(dx1_MW, a_MK, out_xa)
-        dqkv_MW = attention_backward(block, ctx.inputs, kept, raw_MN, da_MK, x_MH)
+        dqkv_MW = attention_backward(block, ctx.inputs, ctx.shape, kept, raw_MN, da_MK)
         del da_MK, a_MK, result, raw_MN
         norm1 = block.layer.input_layernorm
         n1_MW = kept.normed_MW
@@ -266,7 +266,7 @@ def run_block(block: Block, x_BTH: Tensor, cos: Tensor, sin: Tensor, mask: Tenso
         mask: as transformers makes it for `sdpa`; None is causal.
         kwargs: what else the attention function takes.
     """
-    inputs = {"cos": cos, "sin": sin, "mask": mask, "kwargs": kwargs, "shape": tuple(x_BTH.shape[:2])}
+    inputs = {"cos": cos, "sin": sin, "mask": mask, "kwargs": kwargs}
     output: Tensor = _BlockFunction.apply(block, inputs, x_BTH, *block.factors())
     return output
 
@@ -368,13 +368,13 @@ def attention(block: Block, q: Tensor, k: Tensor, v: Tensor, inputs: dict[str, A
 
 
 def attention_backward(
-    block: Block, inputs: dict[str, Any], kept: Attended, raw_MN: Tensor | None, da_MK: Tensor, x_MH: Tensor
+    block: Block, inputs: dict[str, Any], shape: torch.Size, kept: Attended, raw_MN: Tensor | None, da_MK: Tensor
 ) -> Tensor:
     """The gradient of q, k, v before RoPE in the first columns of a buffer for the projection's backward."""
     assert kept.graph is not None
-    da = da_MK.view(*inputs["shape"], -1, block.head_dim).transpose(1, 2)
+    da = da_MK.view(*shape[:2], -1, block.head_dim).transpose(1, 2)
     grads = kept.graph.gradients(da)
-    dqkv_MW = block.qkv.output_room(x_MH.shape[0], x_MH)
+    dqkv_MW = block.qkv.output_room(da_MK.shape[0], da_MK)
     join_heads(dqkv_MW[:, : block.qkv.N], *grads, angles=angles(block, inputs), inverse=True)
     if block.normed_heads:
         normed_heads_backward(block, kept, raw_MN, dqkv_MW)

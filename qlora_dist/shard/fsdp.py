@@ -132,14 +132,12 @@ class FullyShard:
         return model
 
     def _place(self, unit: Unit, names: dict[nn.Parameter, str], apart: set[nn.Module]) -> ShardedUnit:
-        frozen: FrozenUnit | None
+        frozen: FrozenUnit | None = None
         shard: Tensor | None = None
-        if self.frozen == "replicate":
-            frozen = None
-        elif unit.name in self.loaded:
+        if unit.name in self.loaded:
             frozen, shard = self.loaded.pop(unit.name)
             frozen.unit, frozen.module = unit, unit.modules[0]
-        else:
+        elif self.frozen == "shard":
             frozen = FrozenUnit(unit, self.shards, apart)
         if frozen is None or not frozen.tensors:
             frozen = None
@@ -164,9 +162,8 @@ class FullyShard:
     def _fully_shard(self, unit: ShardedUnit) -> None:
         modules = unit.unit.modules
         # Of what is replicated, FSDP is told of nothing.
-        ignored = {p for module in modules for p in module.parameters() if not p.requires_grad}
-        if self.frozen == "shard":
-            ignored = set()
+        replicated = modules if self.frozen == "replicate" else ()
+        ignored = {p for module in replicated for p in module.parameters() if not p.requires_grad}
         offload = self.offload_shards
         if offload and unit.frozen is not None and unit.frozen.num_bytes // self.shards <= self.resident_bytes_left:
             self.resident_bytes_left -= unit.frozen.num_bytes // self.shards

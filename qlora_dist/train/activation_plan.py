@@ -157,8 +157,7 @@ def set_activations(
         keeps: frozenset[Kind] = frozenset({"attention", "gate_up"}) if config.activations == "keep" else none
         if config.activations == "offload" and device.type == "cuda" and not config.train.gradient_checkpointing:
             # About as many bytes as a copy to the host takes while the forward of a layer runs.
-            keeps = frozenset({"attention"})
-            return _use(blocks, [keeps] * len(blocks)) + ", in host memory like the layers' inputs"
+            return _use(blocks, [frozenset({"attention"})] * len(blocks)) + ", in host memory like the layers' inputs"
         return _use(blocks, [keeps] * len(blocks))
     if device.type != "cuda":
         # There is no telling on a CPU how much of the host's memory is ours.

@@ -13,7 +13,7 @@ from qlora_dist.cluster.doctor.start import ranks_here, run_ranks, settings_of, 
 from qlora_dist.cluster.doctor.wanted import Wanted
 from qlora_dist.cluster.network import free_port
 from qlora_dist.cluster.nodes import Node, live_nodes
-from qlora_dist.config.errors import UserError
+from qlora_dist.cluster.ray_address import not_joined
 
 Facts = dict[str, Any]
 # For a worker process of a node to start, with Python's imports from a shared filesystem.
@@ -113,9 +113,7 @@ def joined(address: str, source: str) -> Iterator[None]:
         # What Ray tells of the tasks would stand in the table.
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        if "AuthToken" in str(error.__cause__):
-            raise UserError("ray-token", source=source, address=address) from error
-        raise UserError("ray-not-joined", source=source, address=address, error=error) from error
+        raise not_joined(address, source, error) from error
     try:
         yield
     finally:

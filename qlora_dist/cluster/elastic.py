@@ -29,7 +29,7 @@ from qlora_dist.cluster.actor import RayClient
 from qlora_dist.cluster.group_watch import RunStopped
 from qlora_dist.cluster.nodes import Node, live_nodes, room
 from qlora_dist.cluster.output import tell
-from qlora_dist.cluster.preemption import Evacuation, FixedPolicy, nodes_of, staying
+from qlora_dist.cluster.preemption import Evacuation, FixedPolicy, NoAnswer, Patience, nodes_of, staying
 from qlora_dist.config.errors import UserError
 
 # What a group that ended held is free again within two seconds or so; what is not free by then others hold.
@@ -66,6 +66,8 @@ class NodesPolicy(ScalingPolicy):
         self._next_look = 0.0
         self._more, self._more_since = 0, 0.0
         self._asked = False
+        self._patience = Patience()
+        self._unknown = False
         self._evacuation = Evacuation(client, run_dir, self._least, self._most, self._worker)
 
     def _get_num_workers_for_resource_request(self) -> int:
@@ -84,11 +86,16 @@ class NodesPolicy(ScalingPolicy):
         self._maybe_send_resource_request()
         self._asked, self._more = False, 0
         self._evacuation.forget()
-        now = time.monotonic()
         if self._waiting_since is None:
-            self._waiting_since = now
-        waited_s = now - self._waiting_since
-        nodes = staying(live_nodes())
+            self._waiting_since = time.monotonic()
+        waited_s = time.monotonic() - self._waiting_since
+        decision = self._unless_nobody_answers(lambda: self._next_size(waited_s), waited_s <= self._start_timeout_s)
+        if isinstance(decision, NoopDecision):
+            time.sleep(PAUSE_S)
+        return decision
+
+    def _next_size(self, waited_s: float) -> ScalingDecision:
+        nodes = self._staying()
         fit, fit_empty = self._room(nodes)
         if fit >= self._least and (fit >= min(self._most, fit_empty) or waited_s > RELEASE_S):
             if self._starts and fit < self._most:
@@ -97,7 +104,6 @@ class NodesPolicy(ScalingPolicy):
             return self._start(nodes, fit)
         if waited_s > self._start_timeout_s:
             self._give_up(max(fit, fit_empty))
-        time.sleep(PAUSE_S)
         return NoopDecision()
 
     def make_decision_for_running_worker_group(
@@ -109,40 +115,66 @@ class NodesPolicy(ScalingPolicy):
         self._waiting_since = None
         workers, now = worker_group_state.num_workers, time.monotonic()
         if self._asked:
-            return self._resize_when_ready(workers)
+            return self._unless_nobody_answers(lambda: self._resize_when_ready(workers))
         left = self._evacuation.look(nodes_of(worker_group_state))
         if left is not None:
-            return self._start(staying(live_nodes()), left)
-        if self._evacuation.asked:
-            return NoopDecision()
-        if workers >= self._most or now < self._next_look:
+            # Where nobody answers, the evacuation asks again.
+            return self._unless_nobody_answers(lambda: self._start(self._staying(), left))
+        if self._evacuation.asked or workers >= self._most or now < self._next_look:
             return NoopDecision()
         self._next_look = now + LOOK_S
-        more = min(self._room(staying(live_nodes()))[0], self._most - workers)
+        return self._unless_nobody_answers(lambda: self._look_for_room(workers, now))
+
+    def _look_for_room(self, workers: int, now: float) -> ScalingDecision:
+        more = min(self._room(self._staying())[0], self._most - workers)
         if more != self._more:
             self._more, self._more_since = more, now
         settle_s = min(LONGEST_SETTLE_S, SETTLE_S * 2 ** max(0, self._starts - 2))
         if more > 0 and now - self._more_since >= settle_s:
             reason = f"growing from {workers} to {workers + more} workers, for which there is room again"
-            self._asked = self._client.call("request_resize", workers=workers + more, reason=reason)["asked"]
+            # Asked, for all that is known, until the coordinator says otherwise: its answer may not come.
+            self._asked = True
+            self._asked = self._call("request_resize", workers=workers + more, reason=reason)["asked"]
         return NoopDecision()
 
     def _resize_when_ready(self, workers: int) -> ScalingDecision:
-        resize = self._client.call("resize_state")
+        resize = self._call("resize_state")
         self._asked = resize["asked"]
         if not self._asked or resize["held_step"] is None:
             return NoopDecision()
-        nodes = staying(live_nodes())
+        nodes = self._staying()
         more = min(self._room(nodes)[0], self._most - workers)
+        if more <= 0:
+            self._call("cancel_resize", reason="the room that there was is gone")
+            self._more, self._asked = 0, False
+            return NoopDecision()
         # The next group is not asked for what this one did.
         self._more, self._asked = 0, False
-        if more <= 0:
-            self._client.call("cancel_resize", reason="the room that there was is gone")
-            return NoopDecision()
         tell(self._run_dir, f"growing from {workers} to {workers + more} workers after step {resize['held_step']}")
         return self._start(nodes, workers + more)
 
     # What the decisions need
+
+    def _unless_nobody_answers(self, decide: Callable[[], ScalingDecision], patient: bool = True) -> ScalingDecision:
+        """`decide()`; where it asks and nobody answers, nothing changes until the next look, unless not `patient`."""
+        try:
+            decision = decide()
+        except NoAnswer as error:
+            if not self._unknown:
+                tell(self._run_dir, f"what room there is for this run is not known now: {error}")
+            self._unknown = True
+            if not patient:
+                raise
+            return NoopDecision()
+        self._unknown = False
+        return decision
+
+    def _staying(self) -> list[Node]:
+        nodes: list[Node] = self._patience.ask(lambda: staying(live_nodes()))
+        return nodes
+
+    def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
+        return dict(self._patience.ask(self._client.call, method, **arguments))
 
     def _room(self, nodes: list[Node]) -> tuple[int, int]:
         """Workers that fit into what is free, and into nodes without anything on them."""
@@ -156,7 +188,7 @@ class NodesPolicy(ScalingPolicy):
         sentence = UserError(
             "nodes-missing", least=self._least, most=self._most, room=fit, seconds=math.ceil(self._start_timeout_s)
         ).message
-        self._client.call("fail", generation=None, rank=None, kind="user", message=sentence)
+        self._call("fail", generation=None, rank=None, kind="user", message=sentence)
         raise RunStopped(sentence, exit_code=2)
 
 

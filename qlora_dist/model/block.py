@@ -10,12 +10,14 @@ projection, R its total LoRA rank, P that rank padded for the GEMM.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from qlora_dist.kernels.documents import documents_attention
@@ -23,6 +25,7 @@ from qlora_dist.kernels.rmsnorm import rms_norm, rms_norm_backward
 from qlora_dist.kernels.rope import join_heads, rotate_
 from qlora_dist.kernels.swiglu import swiglu, swiglu_backward
 from qlora_dist.model.fp8 import Fp8Projection
+from qlora_dist.model.host_store import Stored, store_of
 from qlora_dist.model.projection import Projection, current, statistics_dtype
 from qlora_dist.plan.activations import LayerShape
 
@@ -33,12 +36,17 @@ class Plan:
 
     attention: q, k, v and the attention's output. gate_up: the inputs of SwiGLU. weights: the frozen weights in the
     compute dtype, from step to step. norms: what both norms gave.
+
+    input_on_host, attention_on_host: the layer's input, which is kept in any case, and what `attention` keeps, wait in
+    host memory.
     """
 
     attention: bool = True
     gate_up: bool = True
     weights: bool = False
     norms: bool = False
+    input_on_host: bool = False
+    attention_on_host: bool = False
 
 
 KEEP_ALL, RECOMPUTE_ALL = Plan(), Plan(attention=False, gate_up=False)
@@ -160,6 +168,11 @@ class _BlockFunction(torch.autograd.Function):
     ) -> Tensor:  # x_BTH: the residual stream
         plan, (qkv_f, out_f, gu_f, down_f) = block.plan, block.split(factors)
         x_MH = x_BTH.reshape(-1, x_BTH.shape[-1])
+        store = store_of(x_BTH.device)
+        hosts_input, hosts_attention = (inputs["trains"] and on for on in (plan.input_on_host, plan.attention_on_host))
+        if hosts_input or hosts_attention:
+            store.begin_layer()
+        held: list[Tensor | Stored | None] = [store.put(x_BTH) if hosts_input else x_BTH]
         kept, result, raw_MN = attend(block, inputs, x_BTH.shape, x_MH, qkv_f, differentiable=plan.attention)
         x1_MH, out_xa = attention_output(block, result, x_MH, out_f)
         gu_MW, gu_xa, rstd_M, normed_MW = gate_and_up(block, x1_MH, gu_f)
@@ -169,8 +182,11 @@ class _BlockFunction(torch.autograd.Function):
         y_BTH = torch.empty_like(x_BTH)
         block.down.forward(h_MW, down_f, residual_MN=x1_MH, out_MN=y_BTH.view(x_MH.shape))
         ctx.block, ctx.inputs, ctx.shape = block, inputs, x_BTH.shape
-        of_attention = (x1_MH, result, raw_MN) if plan.attention else ()
-        ctx.save_for_backward(x_BTH, *factors, *of_attention)
+        if plan.attention:
+            held += [t if t is None or not hosts_attention else store.put(t) for t in (x1_MH, result, raw_MN)]
+        # Autograd saves tensors; what is on the host stays with the layer.
+        ctx.on_host = [one if isinstance(one, Stored) else None for one in held]
+        ctx.save_for_backward(*factors, *(None if isinstance(one, Stored) else one for one in held))
         ctx.attended = kept if plan.attention else None
         ctx.out_xa = out_xa if plan.attention else None
         ctx.gate_up = (gu_MW, gu_xa, rstd_M, normed_MW) if plan.gate_up else None
@@ -180,8 +196,13 @@ class _BlockFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_BTH: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         block: Block = ctx.block
-        x_BTH, *saved = ctx.saved_tensors
-        factors, of_attention = saved[: block.num_factors], saved[block.num_factors :]
+        saved = ctx.saved_tensors
+        factors, saved = saved[: block.num_factors], saved[block.num_factors :]
+        x_BTH, *of_attention = (
+            one if away is None else store_of(dy_BTH.device).get(away)
+            for one, away in zip(saved, ctx.on_host, strict=True)
+        )
+        ctx.on_host = None
         del saved
         qkv_f, out_f, gu_f, down_f = block.split(factors)
         x_MH = x_BTH.reshape(-1, x_BTH.shape[-1])
@@ -266,7 +287,7 @@ def run_block(block: Block, x_BTH: Tensor, cos: Tensor, sin: Tensor, mask: Tenso
         mask: as transformers makes it for `sdpa`; None is causal.
         kwargs: what else the attention function takes.
     """
-    inputs = {"cos": cos, "sin": sin, "mask": mask, "kwargs": kwargs}
+    inputs = {"cos": cos, "sin": sin, "mask": mask, "kwargs": kwargs, "trains": torch.is_grad_enabled()}
     output: Tensor = _BlockFunction.apply(block, inputs, x_BTH, *block.factors())
     return output
 
@@ -334,7 +355,7 @@ def attend(
         for part in y_MN.split([block.q_width, block.kv_width, block.kv_width], dim=1)
     )
     graph: AttentionGraph | None = None
-    with torch.set_grad_enabled(differentiable):
+    with torch.set_grad_enabled(differentiable), keeping_elsewhere(block, inputs):
         if differentiable:
             token, caught = torch.empty(0, dtype=q.dtype, requires_grad=True), list[Tensor]()
             q, k, v = _Catch.apply(token, caught, q, k, v)
@@ -342,6 +363,24 @@ def attend(
         if differentiable:
             graph = AttentionGraph(token, caught, result)
     return Attended(xa_MR, rstd_M, graph, head_rstd, normed_MW), result.detach(), raw_MN
+
+
+def keeping_elsewhere(block: Block, inputs: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Where what autograd saves within goes to the host, if the plan says so."""
+    if not (block.plan.attention and block.plan.attention_on_host and inputs["trains"]):
+        return nullcontext()
+    mask: Tensor | None = inputs["mask"]
+
+    def pack(tensor: Tensor) -> Tensor | Stored:
+        # All layers share the mask, which is there in any case.
+        if mask is not None and tensor.untyped_storage()._cdata == mask.untyped_storage()._cdata:
+            return tensor
+        return store_of(tensor.device).pack(tensor)
+
+    def unpack(saved: Tensor | Stored) -> Tensor:
+        return saved if isinstance(saved, Tensor) else store_of(saved.kept.device).get(saved)
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 def attention(block: Block, q: Tensor, k: Tensor, v: Tensor, inputs: dict[str, Any]) -> Tensor:

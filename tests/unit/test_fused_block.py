@@ -8,6 +8,7 @@ difference of large numbers).
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import bitsandbytes as bnb
@@ -19,9 +20,10 @@ from transformers import AutoModelForCausalLM as Auto
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qlora_dist.model import block as block_module
 from qlora_dist.model.block import KEEP_ALL, RECOMPUTE_ALL, Plan
 from qlora_dist.model.fused import attends_by_documents, fuse, fused_loss_sum, set_plan
-from qlora_dist.shard.activations import Away, offload_activations
+from qlora_dist.model.host_store import HostStore, store_of
 
 # bitsandbytes' CPU kernel dequantises wrongly where the inputs are no multiple of the block of 64 values.
 SIZES: dict[str, Any] = dict(
@@ -39,7 +41,10 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
 }
 PLANS = {"keep": KEEP_ALL, "recompute": RECOMPUTE_ALL, "gate and up again": Plan(gate_up=False),
          "attention again": Plan(attention=False), "weights kept": Plan(weights=True), "norms kept": Plan(norms=True),
-         "weights alone": Plan(attention=False, gate_up=False, weights=True)}  # fmt: skip
+         "weights alone": Plan(attention=False, gate_up=False, weights=True),
+         "input on the host": Plan(attention=False, input_on_host=True),
+         "attention on the host": Plan(gate_up=False, attention_on_host=True),
+         "all on the host": Plan(norms=True, input_on_host=True, attention_on_host=True)}  # fmt: skip
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all linear": dict(r=4, lora_alpha=12, target_modules="all-linear"),
     "patterns": dict(r=4, lora_alpha=8, target_modules="all-linear", rank_pattern={"q_proj": 7, "up_proj": 2},
@@ -140,12 +145,15 @@ def pairs() -> Iterator[Any]:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize(("family", "plan", "adapter"), pairs())
-def test_fused_layers_equal_plain_peft_in_float64(family: str, plan: str, adapter: str, packed: bool) -> None:
+def test_fused_layers_equal_plain_peft_in_float64(
+    family: str, plan: str, adapter: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stock = with_float64_norms(adapted(FAMILIES[family](), torch.float64, ADAPTERS[adapter]))
     fused = deepcopy(stock)
     blocks = fuse(fused)
     assert len(blocks) == 2
     set_plan(blocks, PLANS[plan])
+    monkeypatch.setattr(store_of(torch.device("cpu")), "min_bytes", 1)
     compare(fused, stock, batch(packed), 1e-9)
 
 
@@ -211,27 +219,59 @@ def test_generation_and_the_bare_base_go_through_the_usual_forward() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_what_the_attention_keeps_goes_away_with_the_input(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between forward and backward nobody but the host's copies holds it, and the gradients are the same to the bit."""
-    made: list[Away] = []
-    pack, held = Away.pack, []
-    monkeypatch.setattr(Away, "pack", lambda self, tensor: (made.append(self), pack(self, tensor))[1])
-    models = [adapted(FAMILIES[family](), torch.float32, ADAPTERS["all linear"]) for _ in range(2)]
-    for model in models:
-        set_plan(fuse(model), Plan(gate_up=False))
-    offload_activations(models[1], min_bytes=2 * 11 * 32 * 4)
+@pytest.mark.parametrize("plan", ["input on the host", "attention on the host", "all on the host"])
+def test_what_goes_to_the_host_comes_back_to_the_bit(family: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With five layers the first ones' storages die in the forward, and the last two's never leave."""
+    plain = adapted(type(FAMILIES[family]())(**SIZES | {"num_hidden_layers": 5}), torch.float32, ADAPTERS["all linear"])
+    away = deepcopy(plain)
+    set_plan(fuse(plain), replace(PLANS[plan], input_on_host=False, attention_on_host=False))
+    set_plan(fuse(away), PLANS[plan])
+    store = HostStore(torch.device("cpu"))
+    store.min_bytes = 1
+    monkeypatch.setattr(block_module, "store_of", lambda device: store)
+    wanted, wanted_grads, _ = losses(plain, batch(False), fused=True)
+    lines: list[list[tuple[int, bool, bool]]] = []
 
     def see(*_: Any) -> None:
-        held.append([kept.source.expired() for kept in made[0].kept])
+        kept = [ref() for ref in store.order]
+        lines.append([(one.group, one.source is None, one.back is None) for one in kept if one is not None])
 
-    head: Any = models[1].get_base_model().get_output_embeddings()
-    head.register_forward_pre_hook(see)
-    plain, away = (losses(model, batch(False), fused=True)[1] for model in models)
-    assert all(torch.equal(plain[name], grad) for name, grad in away.items())
-    # The residual stream after the attention, its result, q, k and v, and what Qwen3 norms; the input is the output of
-    # the layer before, and lives on in the first layer, whose input the test holds.
-    assert len(held[0]) >= 2 * (6 if family == "llama" else 7)
-    assert sum(held[0]) >= 2 * (5 if family == "llama" else 6)
+    away.get_base_model().get_output_embeddings().register_forward_pre_hook(see)  # type: ignore[operator]
+    for _ in range(3):
+        loss, grads, _ = losses(away, batch(False), fused=True)
+        assert torch.equal(loss, wanted)
+        assert all(torch.equal(grad, grads[name]) for name, grad in wanted_grads.items())
+        away.zero_grad()
+        if len(lines) == 1:
+            taken = store.memory.taken
+    # After the first step the host's memory is what it is.
+    assert taken == store.memory.taken
+    assert not store.leaving
+    assert not store.coming
+    # q, k and v together; the result, for both backwards; the log of the softmax's sums; the residual stream after it.
+    of_attention = 4 + (family == "qwen3")
+    each = {"input on the host": 1, "attention on the host": of_attention, "all on the host": 1 + of_attention}[plan]
+    groups = [group for group, _, _ in lines[0]]
+    assert [groups.count(group) for group in dict.fromkeys(groups)] == [each] * 5, "each storage once, by layer"
+    assert all(gone == (group < max(groups) - 1) for group, gone, _ in lines[0])
+    assert all(nowhere for _, _, nowhere in lines[0])
+
+
+def test_what_is_needed_next_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a layer's backward the one before it has been sent for, and no other."""
+    store = HostStore(torch.device("cpu"))
+    stored = []
+    for number in range(6):
+        store.begin_layer()
+        stored.append([store.put(torch.full((8,), float(number + part))) for part in (0, 0.5)])
+    for number in reversed(range(6)):
+        for part, one in zip((0, 0.5), stored[number], strict=True):
+            assert torch.equal(store.get(one), torch.full((8,), number + part))
+            there = [all(s.kept.source or s.kept.back for s in pair) for pair in stored]
+            assert [n for n, here in enumerate(there) if here] == list(range(max(0, min(number - 1, 4)), number + 1))
+        del stored[number], one
+    assert not store.coming
+    assert len(store.memory.free) == 12
 
 
 @pytest.mark.parametrize(

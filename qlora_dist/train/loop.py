@@ -29,7 +29,7 @@ from qlora_dist.optim.optimizers import set_learning_rate
 from qlora_dist.shard.strategy import Strategy
 from qlora_dist.track.metrics import MetricsLog
 from qlora_dist.train.activation_plan import OutOfRoom, can_go_on, lean_down, throw_away_gradients
-from qlora_dist.train.arrivals import Arrivals
+from qlora_dist.train.arrivals import Arrivals, Stamp, seconds_between
 from qlora_dist.train.evaluate import held_out_loss
 from qlora_dist.train.heartbeat import Heartbeat, memory_bytes
 from qlora_dist.train.progress import Progress
@@ -78,10 +78,11 @@ class Loop:
     nodes: dict[str, list[int]] = field(default_factory=dict)
     blocks: Sequence[Block] = ()
     notice: Callable[[str], None] = print
-    # Steps whose loss and norm have arrived.
+    # Steps whose loss and norm have arrived, and when the last of them was done.
     unlogged: list[tuple[Taken, float, float]] = field(default_factory=list)
+    done: Stamp = 0.0
     ahead: dict[Position, list[MicroBatch]] = field(default_factory=dict)
-    interval_start: float = 0.0
+    interval_start: Stamp = 0.0
     last_eval: tuple[int, float] | None = None
     saved_step: int = -1
     asked_to_stop: bool = False
@@ -114,7 +115,7 @@ class Loop:
         self.saved_step = self.progress.step
         if self.progress.step == 0 and self.config.eval.eval_on_start:
             self.evaluate()
-        self.interval_start = time.monotonic()
+        self.interval_start = self.arrivals.now()
         while self.progress.step < self.total_steps and not self.stopped_early() and not self.asked_to_stop:
             self.take_step()
             step, last = self.progress.step, self.progress.step == self.total_steps
@@ -146,7 +147,7 @@ class Loop:
         while self.heartbeat.hold_asked:
             time.sleep(HOLD_POLL_S)
         self.asked_to_hold = False
-        self.interval_start = time.monotonic()
+        self.interval_start = self.arrivals.now()
 
     def due(self, every: int | None) -> bool:
         """Whether something done `every` so many steps is due now."""
@@ -237,7 +238,8 @@ class Loop:
         Raises:
             UserError: too many non-finite steps in a row.
         """
-        for taken, (norm, loss, *votes) in self.arrivals.take(everything):
+        for taken, (norm, loss, *votes), done in self.arrivals.take(everything):
+            self.done = done
             self.unlogged.append((taken, loss, norm))
             if votes:
                 self.asked_to_stop, self.asked_to_hold = (vote > 0 for vote in votes)
@@ -266,7 +268,7 @@ class Loop:
         if not self.unlogged:
             return
         losses = [loss for _, loss, _ in self.unlogged]
-        seconds = time.monotonic() - self.interval_start
+        seconds = seconds_between(self.interval_start, self.done)
         of_ranks = np.sum([taken.tokens_of_ranks for taken, *_ in self.unlogged], axis=0) / seconds
         tokens_per_second = sum(taken.num_tokens for taken, *_ in self.unlogged) / seconds
         loss_tokens_per_second = sum(taken.loss_tokens for taken, *_ in self.unlogged) / seconds
@@ -287,7 +289,7 @@ class Loop:
             "max_steps": self.total_steps, "seconds_per_step": seconds / len(losses),
         }  # fmt: skip
         self.unlogged.clear()
-        self.interval_start = time.monotonic()
+        self.interval_start = self.done
 
     def evaluate(self) -> bool:
         """Measure the held-out loss, if there are held-out rows; True where it is the best so far."""
@@ -308,7 +310,7 @@ class Loop:
         self.last_eval = (self.progress.step, eval_loss)
         # The untrained adapter has no checkpoint, so it is never the best one.
         improved = self.progress.step > 0 and self.progress.note_evaluation(eval_loss, self.config.eval)
-        self.interval_start = time.monotonic()
+        self.interval_start = self.arrivals.now()
         return improved and self.config.checkpoint.keep_best > 0
 
     def save(self) -> None:

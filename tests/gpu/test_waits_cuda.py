@@ -40,6 +40,7 @@ def test_stalls_are_told_from_computation() -> None:
     assert waits.busy.steps == 0
     torch.cuda.synchronize()
     waits.begin_step()
+    torch.cuda._sleep(CYCLES)
     waits.end_step(1)
     assert (waits.busy.steps, waits.busy.positions) == (1, 7)
     assert waits.busy.seconds == pytest.approx(2 * one, rel=0.2)

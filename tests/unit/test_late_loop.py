@@ -1,6 +1,8 @@
 """The loop as it is on a GPU, where a step's loss, norm and votes are read a step late; here the lag is asked for."""
 
+import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from qlora_dist.checkpoint.format import read_snapshot
 from qlora_dist.checkpoint.manifest import list_checkpoints
 from qlora_dist.track.metrics import read_metrics
 from qlora_dist.train import loop as loop_module
-from qlora_dist.train.arrivals import Arrivals
+from qlora_dist.train.arrivals import Arrivals, seconds_between
 from tests.distributed.group import series
 from tests.single import small_config, train_here
 from tests.unit.test_train import spoil
@@ -23,10 +25,22 @@ def test_what_is_due_and_what_is_asked_for() -> None:
     for step in (1, 2):
         late.send(step, torch.tensor([step, 0.5]))
         at_once.send(step, torch.tensor([step, 0.5]))
-        assert at_once.take() == [(step, [float(step), 0.5])]
-        assert [known for known, _ in late.take()] == ([] if step == 1 else [1])
-    assert [known for known, _ in late.take(everything=True)] == [2]
+        assert [taken[:2] for taken in at_once.take()] == [(step, [float(step), 0.5])]
+        assert [known for known, *_ in late.take()] == ([] if step == 1 else [1])
+    assert [known for known, *_ in late.take(everything=True)] == [2]
     assert late.take(everything=True) == at_once.take(everything=True) == []
+
+
+def test_a_step_has_its_own_seconds_however_late_it_is_read() -> None:
+    late: Arrivals[int] = Arrivals(torch.device("cpu"), late=1)
+    start = late.now()
+    for step in (1, 2):
+        time.sleep(0.05)
+        late.send(step, torch.zeros(1))
+    time.sleep(0.5)
+    stamps = [start, *(stamp for *_, stamp in late.take(everything=True))]
+    for before, after in pairwise(stamps):
+        assert 0.05 <= seconds_between(before, after) < 0.4
 
 
 @pytest.fixture

@@ -248,7 +248,7 @@ class ShardConfig(Section):
     frozen: Literal["auto", "shard", "replicate"] = Field(
         "auto",
         description="The frozen base under fsdp and hybrid: `replicate` where it fits is faster. `auto` does where it "
-        "takes at most a quarter of the memory that is free on each GPU (or of train.memory_budget_gib).",
+        "takes at most a third of the memory that is free on each GPU (or of train.memory_budget_gib).",
     )
     hybrid_shard_size: PositiveInt | None = Field(
         None, description="hybrid: workers that hold one copy together; those of a node where unset."

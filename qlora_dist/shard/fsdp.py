@@ -28,8 +28,8 @@ from qlora_dist.shard.waits import Waits
 # those pass through fp32 on their way and lose the patterns of their NaNs.
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 CONTAINER = torch.uint8 if TORCH >= (2, 13) else torch.float32
-# Up to so many bytes the adapter travels in one piece, at both ends of a step: small messages beside the layers' GEMMs
-# cost more time, by the multiprocessors they take, than one that nothing hides.
+# Up to so many bytes the adapter over a replicated base travels in one piece, at both ends of a step: small messages
+# beside the layers' GEMMs cost more time, by the multiprocessors they take, than one that nothing hides.
 LARGEST_WHOLE = 2**30
 
 
@@ -106,8 +106,8 @@ class FullyShard:
         self.shard_mesh = self.mesh["shard"]
         self.shard_rank = self.shard_mesh.get_local_rank()
         names = trained_names(model)
-        self.in_one_piece = not self.offload_shards and sum(p.nbytes for p in names) <= LARGEST_WHOLE
-        units = [Unit("", (base,))] if self.in_one_piece and self.frozen == "replicate" else find_units(model)
+        in_one_piece = self.frozen == "replicate" and sum(p.nbytes for p in names) <= LARGEST_WHOLE
+        units = [Unit("", (base,))] if in_one_piece else find_units(model)
         modules = {module for unit in units for module in unit.modules}
         self.units = [self._place(unit, names, modules - set(unit.modules)) for unit in units]
         self.waits = Waits(self.device)
@@ -145,11 +145,7 @@ class FullyShard:
             frozen.place(torch.empty(frozen.num_bytes, dtype=torch.uint8, device="meta"), CONTAINER)
         else:
             frozen.place(frozen.pack(), CONTAINER)
-        adapter: FlatAdapter | None = None
-        if not self.in_one_piece:
-            adapter = FlatAdapter(unit, names, self.shards, apart)
-        elif not unit.name:
-            adapter = FlatAdapter(unit, names, self.shards, set())
+        adapter: FlatAdapter | None = FlatAdapter(unit, names, self.shards, apart)
         if adapter is not None and not adapter.segments:
             adapter = None
         if adapter is not None:
@@ -173,7 +169,7 @@ class FullyShard:
         fully_shard(
             list(modules) if len(modules) > 1 else modules[0],  # type: ignore[arg-type]
             mesh=self.mesh if self.mesh.ndim == 2 else self.shard_mesh,
-            reshard_after_forward=self.reshard_after_forward and not (self.in_one_piece and not unit.unit.name),
+            reshard_after_forward=self.reshard_after_forward,
             offload_policy=policy,
             ignored_params=ignored,
         )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Frozen = Literal["shard", "replicate"]
 # Of the memory that is free, what a base may take that is replicated.
-SHARE = 0.25
+SHARE = 1 / 3
 GIB = 2**30
 
 

@@ -203,12 +203,18 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = Field(False, description="Recompute every decoder layer in the backward.")
     activations: Literal["auto", "keep", "recompute", "offload"] = Field(
         "auto",
-        description="What fused layers keep for the backward. `auto`: what fits, planned before the first step. "
+        description="What fused layers keep for the backward. `auto`: what fits, on the GPU or, where copies hide behind "
+        "the computation, in pinned host memory, planned before the first step. "
         "`offload`: each layer's input and what its attention needs, in pinned host memory.",
     )
     memory_budget_gib: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="GPU memory a worker may use in all, CUDA's own and NCCL's included; the whole GPU where unset.",
+    )
+    host_memory_budget_gib: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Pinned host memory a worker may use for activations under `auto`; 0 leaves them on the GPU. Where "
+        "unset, half of what is free, shared by the workers of the host.",
     )
     max_bad_steps: PositiveInt = Field(10, description="Stop after so many non-finite steps in a row.")
     logging_steps: PositiveInt = 1

@@ -256,6 +256,12 @@ def store_of(device: torch.device) -> HostStore:
     return _STORES[device]
 
 
+def settle_all() -> None:
+    """`HostStore.settle`, of every device."""
+    for store in _STORES.values():
+        store.settle()
+
+
 def link_bytes_per_second(device: torch.device) -> float:
     """What pinned memory gives and takes, in the slower direction, with whoever else uses the link now; CUDA alone."""
     nbytes, rounds = 2**26, 8

@@ -1,5 +1,6 @@
 """Which layers keep what of their forward: the most time saved for the memory there is."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -8,6 +9,10 @@ from typing import Literal
 # gate_up: the inputs of SwiGLU. weights: the frozen weights, dequantised, from step to step. norms: what they gave.
 Kind = Literal["attention", "gate_up", "weights", "norms"]
 KINDS: tuple[Kind, ...] = ("gate_up", "attention", "weights", "norms")
+# What may wait in host memory; a layer whose attention does so keeps it.
+HostKind = Literal["attention_on_host", "input_on_host"]
+HOST_KINDS: tuple[HostKind, ...] = ("attention_on_host", "input_on_host")
+Choice = frozenset[Kind | HostKind]
 
 # Rates of an H100, which say in what order kinds are worth their memory; a slower GPU divides all of them alike.
 GEMM_FLOPS, FP8_GEMM_FLOPS, ATTENTION_FLOPS, BYTES_PER_SECOND = 7e14, 11e14, 4.5e14, 2.7e12
@@ -68,41 +73,80 @@ def gains(shape: LayerShape, tokens: int, length: int, element_size: int, fp8: b
     }
 
 
+def forward_seconds(shape: LayerShape, tokens: int, length: int, element_size: int, fp8: bool = False) -> float:
+    """A layer's forward at the rates of an H100; arguments as of `gains`."""
+    products = 2 * tokens * shape.weights / (FP8_GEMM_FLOPS if fp8 else GEMM_FLOPS)
+    looking = 2 * tokens * length * shape.queries / ATTENTION_FLOPS
+    # Two norms, RoPE in place, the heads joined, SwiGLU, both residuals; 4-bit weights read and written out.
+    heads = shape.queries + shape.keys
+    passes = tokens * (6 * shape.hidden + 2 * heads + 2 * shape.queries + 3 * shape.intermediate) * element_size
+    unpacked = shape.weights * (0.52 + (1 if fp8 else element_size))
+    return products + looking + (passes + unpacked) / BYTES_PER_SECOND
+
+
 def choose(layers: Sequence[dict[Kind, Gain]], room: float, kinds: Iterable[Kind] = KINDS) -> list[frozenset[Kind]]:
     """What each layer keeps within `room` bytes in all: the kinds of the most seconds a byte first, last layers first.
 
     The last layers' backward comes first, so that what they keep is freed soonest; the earliest recompute.
     """
+    return fill(by_worth(layers, kinds), [False] * len(layers), room)
+
+
+def by_worth(layers: Sequence[dict[Kind, Gain]], kinds: Iterable[Kind]) -> list[tuple[int, Kind, int]]:
+    """Every layer's number and kinds, with their bytes, in the order in which `choose` takes them."""
+    allowed = frozenset(kinds)
     wanted = [
         (gain.seconds / gain.size, number, kind, gain.size)
         for number, layer in enumerate(layers)
         for kind, gain in layer.items()
-        if kind in kinds and gain.size
+        if kind in allowed and gain.size
     ]
-    kept: list[set[Kind]] = [set() for _ in layers]
-    for _, number, kind, size in sorted(wanted, key=lambda item: (item[0], item[1]), reverse=True):
+    wanted.sort(key=lambda item: (item[0], item[1]), reverse=True)
+    return [(number, kind, size) for _, number, kind, size in wanted]
+
+
+def fill(wanted: Iterable[tuple[int, Kind, int]], elsewhere: Sequence[bool], room: float) -> list[frozenset[Kind]]:
+    """What each layer keeps of what is `wanted`, first come first served.
+
+    Args:
+        elsewhere: of each layer, whether its attention is kept where it takes no room.
+    """
+    kept: list[set[Kind]] = [{"attention"} if is_so else set() for is_so in elsewhere]
+    for number, kind, size in wanted:
+        if size > room or kind in kept[number]:
+            continue
         # What is computed again makes its norm again on the way.
         if kind == "norms" and not kept[number] >= {"attention", "gate_up"}:
             continue
-        if size <= room:
-            kept[number].add(kind)
-            room -= size
+        kept[number].add(kind)
+        room -= size
     return [frozenset(layer) for layer in kept]
 
 
-def describe(kept: Sequence[frozenset[Kind]]) -> str:
-    """One line for a person: how many layers keep what."""
+def describe(kept: Sequence[Choice]) -> str:
+    """One line for a person: how many layers keep what, and where."""
     if not kept:
         return "no fused layers"
-    names: dict[Kind, str] = {
+    here: dict[Kind, str] = {
         "gate_up": "gate and up",
         "attention": "attention",
         "weights": "dequantised weights",
         "norms": "norms",
     }
-    parts = []
-    for kind, name in names.items():
-        count = sum(kind in layer for layer in kept)
-        if count:
-            parts.append(f"{name} of {'all' if count == len(kept) else f'{count} of'} {len(kept)} layers")
-    return f"kept: {', '.join(parts)}" if parts else f"all of {len(kept)} layers recomputed"
+    there: dict[HostKind, str] = {"attention_on_host": "attention", "input_on_host": "inputs"}
+    on_device = _of_layers(here[k] for layer in kept for k in KINDS if k in layer and f"{k}_on_host" not in layer)
+    on_host = _of_layers(there[k] for layer in kept for k in HOST_KINDS if k in layer)
+    parts = [f"{where}: {', '.join(f'{what} of {_share(count, len(kept))}' for what, count in counted)}"
+             for where, counted in (("kept", on_device), ("in host memory", on_host)) if counted]  # fmt: skip
+    if not any("attention" in layer or "gate_up" in layer for layer in kept) and not on_device:
+        parts.insert(0, f"all of {len(kept)} layers recomputed")
+    return "; ".join(parts)
+
+
+def _of_layers(names: Iterable[str]) -> list[tuple[str, int]]:
+    order = ("gate and up", "attention", "dequantised weights", "norms", "inputs")
+    return sorted(Counter(names).items(), key=lambda item: order.index(item[0]))
+
+
+def _share(count: int, of: int) -> str:
+    return f"all {of} layers" if count == of else f"{count} of {of} layers"

@@ -1,27 +1,41 @@
 """What each fused layer keeps from its forward: chosen before the first step, from the memory that is really there.
 
-The leanest plan is rehearsed once at the run's largest micro-batch, with its backward; what it leaves free is spent on
-what saves the most time a byte, and the chosen plan is rehearsed in its turn. Rehearsals leave no trace.
+The leanest plan is rehearsed once at the run's largest micro-batch, with its backward, and the link to the host is
+measured. What is free is spent on what saves the most time, copies to the host that hide behind the forward before
+recomputation, and the chosen plan is rehearsed in its turn. Rehearsals leave no trace.
 """
 
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from qlora_dist.config.schema import RunConfig
+from qlora_dist.coordinate.host_memory import host_memory
 from qlora_dist.coordinate.state import MOST_LEANER
-from qlora_dist.data.collate import MicroBatch
-from qlora_dist.data.table import TokenTable
 from qlora_dist.model.block import RECOMPUTE_ALL, Block, Plan
 from qlora_dist.model.fused import limit_logits
-from qlora_dist.plan.activations import KINDS, Kind, choose, describe, gains
+from qlora_dist.model.host_store import link_bytes_per_second, settle_all
+from qlora_dist.plan.activations import (
+    HOST_KINDS,
+    KINDS,
+    Choice,
+    Gain,
+    Kind,
+    describe,
+    forward_seconds,
+    gains,
+)
+from qlora_dist.plan.offload import LAYERS_UNDER_WAY, Link, Placed, describe_worth, on_device, place
 from qlora_dist.shard.activations import offload_activations
 from qlora_dist.shard.strategy import Strategy
-from qlora_dist.train.step import lays_flat
+from qlora_dist.train.largest import Largest
 
 
 class OutOfRoom(Exception):
@@ -32,48 +46,10 @@ class OutOfRoom(Exception):
 MARGIN_SHARE, MARGIN_BYTES = 0.03, 2**28
 # Of the memory there is, the most that logits may take at a time, as a divisor.
 LOGITS_SHARE = 40
-# Of the room that a plan used too much of, what the next one gets.
-SHRINK, ATTEMPTS = 0.85, 4
-
-
-@dataclass(frozen=True)
-class Largest:
-    """The largest micro-batch of a run: rows, tokens a row, whether rows hold several documents, or one holds all."""
-
-    rows: int
-    length: int
-    packed: bool = False
-    flat: bool = False
-
-
-def largest_micro_batch(config: RunConfig, table: TokenTable) -> Largest:
-    """As many rows as a micro-batch has, each as long as the longest pack."""
-    rows, length = config.train.per_device_train_batch_size, int(table.pack_tokens.max())
-    return Largest(rows, length, config.data.packing, lays_flat(config))
-
-
-def rehearsal_batch(size: Largest, pad_token_id: int, device: torch.device) -> MicroBatch:
-    """A micro-batch of that size in which every token bears loss, of two documents a row where rows are packed."""
-    shape = (1, size.rows * size.length) if size.flat else (size.rows, size.length)
-    document = -(-size.length // 2) if size.packed else size.length
-    ids_BT = torch.full(shape, pad_token_id, dtype=torch.int64)
-    place_T = torch.arange(shape[1])
-    predict_N = torch.arange(ids_BT.numel()).view(shape)[:, :-1].reshape(-1)
-    starts = [line * shape[1] + start for line in range(shape[0]) for start in range(0, shape[1], document)]
-    return MicroBatch(
-        packs=(),
-        input_ids_BT=ids_BT,
-        attention_mask_BT=torch.ones_like(ids_BT),
-        position_ids_BT=(place_T % document).expand(shape),
-        predict_index_N=predict_N,
-        target_N=torch.full_like(predict_N, pad_token_id),
-        num_tokens=ids_BT.numel(),
-        num_loss_tokens=len(predict_N),
-        packed=size.packed,
-        flat=size.flat,
-        cu_seqlens_D1=torch.tensor([*starts, ids_BT.numel()], dtype=torch.int32) if size.packed else None,
-        longest_document=document,
-    ).to(device)
+# What the room of a plan that took too much shrinks by, as a share of it and of the memory there is; attempts in all.
+SHRINK, SHRINK_OF_LIMIT, ATTEMPTS = 0.15, 0.01, 5
+# Of the host's free memory, what its workers pin where `train.host_memory_budget_gib` does not say.
+HOST_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -81,7 +57,8 @@ class Rehearsal:
     """A step of the run's largest size, without its update.
 
     run: forwards and backwards, as many as make a difference to memory. element_size: bytes of an activation.
-    alone: whether this is the only worker, whose strategy can go on after an out-of-memory error.
+    alone: whether this is the only worker, whose strategy can go on after an out-of-memory error. local_workers: those
+    that share the host's memory.
     """
 
     run: Callable[[], Tensor]
@@ -90,6 +67,7 @@ class Rehearsal:
     largest: Largest
     element_size: int
     alone: bool
+    local_workers: int = 1
 
     def peak(self) -> int:
         """The most bytes allocated while it runs; its gradients are thrown away."""
@@ -104,6 +82,17 @@ class Rehearsal:
         torch.cuda.reset_peak_memory_stats(self.device)
         return peak
 
+    def seconds(self) -> float:
+        """What one run takes by the GPU's clock, the second of two: the first makes the allocator's blocks."""
+        for _ in range(2):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            self.run()
+            end.record()
+            throw_away_gradients(self.strategy)
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
     def peak_or_more(self, blocks: Sequence[Block]) -> float:
         """As `peak`; infinity where a single worker has less.
 
@@ -115,6 +104,7 @@ class Rehearsal:
             return self.peak()
         except torch.OutOfMemoryError as error:
             failure = str(error)
+        settle_all()
         # Only here has the error's traceback let go of its tensors. Other ranks stand in a collective by now.
         if not self.alone:
             raise (OutOfRoom if keeping(blocks) else torch.OutOfMemoryError)(failure)
@@ -152,44 +142,140 @@ def set_activations(
     """
     if not blocks:
         return None
-    device, none = rehearsal.device, frozenset[Kind]()
+    on_gpu = rehearsal.device.type == "cuda"
     if config.activations != "auto":
-        keeps: frozenset[Kind] = frozenset({"attention", "gate_up"}) if config.activations == "keep" else none
-        if config.activations == "offload" and device.type == "cuda" and not config.train.gradient_checkpointing:
+        choice = Choice({"attention", "gate_up"}) if config.activations == "keep" else Choice()
+        if config.activations == "offload" and on_gpu:
             # About as many bytes as a copy to the host takes while the forward of a layer runs.
-            return _use(blocks, [frozenset({"attention"})] * len(blocks)) + ", in host memory like the layers' inputs"
-        return _use(blocks, [keeps] * len(blocks))
-    if device.type != "cuda":
-        # There is no telling on a CPU how much of the host's memory is ours.
-        first = -(-len(blocks) * min(leaner, MOST_LEANER) // MOST_LEANER)
-        return _use(blocks, [none] * first + [frozenset({"attention", "gate_up"})] * (len(blocks) - first))
-    limit = memory_limit(device)
+            choice = Choice({"input_on_host", "attention", "attention_on_host"})
+            if config.train.gradient_checkpointing:
+                choice = Choice({"input_on_host"})
+        return _use(blocks, [choice] * len(blocks))
+    if not on_gpu:
+        return _use(blocks, choices_on_cpu(blocks, leaner))
+    return _set_on_gpu(config, model, blocks, rehearsal, leaner)
+
+
+def choices_on_cpu(blocks: Sequence[Block], leaner: int) -> list[Choice]:
+    """Everything is kept, but for a quarter of the layers a time that memory ran out, the earliest first.
+
+    There is no telling on a CPU how much of the host's memory is ours.
+    """
+    first = -(-len(blocks) * min(leaner, MOST_LEANER) // MOST_LEANER)
+    return [Choice()] * first + [Choice({"attention", "gate_up"})] * (len(blocks) - first)
+
+
+def _set_on_gpu(config: RunConfig, model: nn.Module, blocks: Sequence[Block], rehearsal: Rehearsal, leaner: int) -> str:
+    """The plan of `auto`: what the leanest plan's rehearsal leaves, filled, rehearsed, and told in one line."""
+    device, limit = rehearsal.device, memory_limit(rehearsal.device)
     limit_logits(model, limit // LOGITS_SHARE)
-    _use(blocks, [none] * len(blocks))
-    allowed = limit * (1 - MARGIN_SHARE) - MARGIN_BYTES - bytes_of_state_to_come(rehearsal.strategy)
-    away, lean = "", rehearsal.peak_or_more(blocks)
-    # Among several workers an error would be the end, so that the margin decides.
-    if _least((limit if rehearsal.alone else allowed) - lean, device) < 0:
-        # Layers' inputs go to the host and come back while others compute.
-        offload_activations(model)
-        away, lean = ", their inputs in host memory", rehearsal.peak()
-    room = _least(allowed - lean, device) * (1 - min(leaner, MOST_LEANER) / MOST_LEANER)
-    sharded = any(block.sharded for block in blocks)
-    kinds = [kind for kind in KINDS if kind != "weights" or not sharded]
     tokens, length = rehearsal.largest.rows * rehearsal.largest.length, rehearsal.largest.length
+    inputs = [tokens * block.shape.hidden * rehearsal.element_size for block in blocks]
+    host_bytes = _least(bytes_of_host(config, rehearsal.local_workers), device)
+    leanest = [Choice()] * len(blocks)
+    _use(blocks, leanest)
+    allowed = limit * (1 - MARGIN_SHARE) - MARGIN_BYTES - bytes_of_state_to_come(rehearsal.strategy)
+    with timed_forwards(blocks) as layer_seconds:
+        lean = rehearsal.peak_or_more(blocks)
+    # Among several workers an error would be the end, so that the margin decides.
+    fits = _least((limit if rehearsal.alone else allowed) - lean, device) >= 0
+    if lean == float("inf") and not host_bytes:
+        raise torch.OutOfMemoryError("train.host_memory_budget_gib is 0, and not even recomputation fits the GPU")
+    if not fits and host_bytes:
+        # Layers' inputs go to the host and come back while others compute.
+        leanest = [Choice({"input_on_host"})] * len(blocks)
+        _use(blocks, leanest)
+        if len(blocks) < model_layers(model):
+            # And so does what the layers that are not fused save.
+            offload_activations(model)
+        with timed_forwards(blocks) as layer_seconds:
+            lean = rehearsal.peak() + sum(inputs) - LAYERS_UNDER_WAY * max(inputs)
+        if len(blocks) < model_layers(model):
+            return _use(blocks, leanest) + ", and what others save"
+    room = _least(allowed - lean, device)
+    if room > 0:
+        room *= 1 - min(leaner, MOST_LEANER) / MOST_LEANER
+    sharded = any(block.sharded for block in blocks)
+    kinds: list[Kind] = [kind for kind in KINDS if kind != "weights" or not sharded]
+    if leaner >= MOST_LEANER:
+        kinds = []
     costs = [gains(b.shape, tokens, length, rehearsal.element_size, b.compute == "fp8") for b in blocks]
+    link: Link | None = None
+    if host_bytes and not _keeps_all(on_device(costs, room, kinds).choices):
+        fp8 = blocks[0].compute == "fp8"
+        as_modelled = forward_seconds(blocks[0].shape, tokens, length, rehearsal.element_size, fp8)
+        link = Link(_least(link_bytes_per_second(device), device), _least(_median(layer_seconds), device), host_bytes)
+        # This GPU's rates, and not an H100's, say what a copy competes with.
+        costs = [_scaled(cost, link.forward_seconds / as_modelled) for cost in costs]
+    found = _rehearsed(costs, inputs, room, link, kinds, blocks, rehearsal, limit, allowed)
+    if found is None:
+        return _use(blocks, leanest)
+    placed, peak = found
+    timed = ""
+    if link is not None and placed.copied and fits:
+        placed, peak, timed = _faster(placed, peak, on_device(costs, room, kinds), blocks, rehearsal, limit)
+    line = _use(blocks, placed.choices)
+    return (
+        f"{line}; {describe_worth(placed, link)}{timed}; "
+        f"peak {peak / 2**30:.1f} GiB of {limit / 2**30:.1f} in rehearsal"
+    )
+
+
+def model_layers(model: nn.Module) -> int:
+    """How many decoder layers it has."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return int(base.config.num_hidden_layers)
+
+
+def _rehearsed(
+    costs: Sequence[dict[Kind, Gain]], inputs: Sequence[int], room: float, link: Link | None, kinds: Sequence[Kind],
+    blocks: Sequence[Block], rehearsal: Rehearsal, limit: int, allowed: float,
+) -> tuple[Placed, float] | None:  # fmt: skip
+    """The best plan whose rehearsal fits, and its peak; None where none did.
+
+    A single worker gives what its rehearsal leaves to another, larger plan: an error there costs nothing.
+    """
+    fitting: tuple[Placed, float] | None = None
     for _ in range(ATTEMPTS):
-        line = _use(blocks, choose(costs, room, kinds)) + away
+        placed = place(costs, inputs, room, link, kinds)
+        if fitting is not None and placed.choices == fitting[0].choices:
+            return fitting
+        _use(blocks, placed.choices)
         peak = rehearsal.peak_or_more(blocks)
-        if _least(limit - peak, device) >= 0:
-            return f"{line}; peak {peak / 2**30:.1f} GiB of {limit / 2**30:.1f} in rehearsal"
-        room *= SHRINK
-    return _use(blocks, [none] * len(blocks)) + away
+        left = _least(limit - peak, rehearsal.device)
+        if left < 0:
+            if fitting is not None:
+                return fitting
+            room -= SHRINK * abs(room) + SHRINK_OF_LIMIT * limit
+            continue
+        slack = allowed - peak
+        if not rehearsal.alone or fitting is not None or slack <= 0:
+            return placed, peak
+        fitting, room = (placed, peak), placed.size + slack
+    return fitting
+
+
+def _faster(
+    placed: Placed, peak: float, without: Placed, blocks: Sequence[Block], rehearsal: Rehearsal, limit: int
+) -> tuple[Placed, float, str]:
+    """Of the plan and one without the host that which runs faster, its peak, and what was measured."""
+    device = rehearsal.device
+    _use(blocks, without.choices)
+    other = rehearsal.peak_or_more(blocks)
+    if _least(limit - other, device) < 0:
+        return placed, peak, ""
+    seconds = []
+    for choices in (without.choices, placed.choices):
+        _use(blocks, choices)
+        # The slowest rank keeps the others waiting.
+        seconds.append(-_least(-rehearsal.seconds(), device))
+    told = f"; {1e3 * seconds[1]:.0f} ms in rehearsal, {1e3 * seconds[0]:.0f} without the host"
+    return (placed, peak, told) if seconds[1] < seconds[0] else (without, other, told)
 
 
 def keeping(blocks: Sequence[Block]) -> list[Block]:
-    """The layers that keep something."""
-    return [block for block in blocks if block.plan != RECOMPUTE_ALL]
+    """The layers that keep something to give up: on the device, and where none does, in copies to and from the host."""
+    return [block for block in blocks if _on_device(block.plan)] or [b for b in blocks if b.plan.attention_on_host]
 
 
 def lean_down(blocks: Sequence[Block]) -> str | None:
@@ -198,11 +284,21 @@ def lean_down(blocks: Sequence[Block]) -> str | None:
     For a run that met an out-of-memory error all the same.
     """
     found = keeping(blocks)
+    settle_all()
     if not found:
         return None
     for block in found[: -(-len(blocks) // MOST_LEANER)]:
-        block.set_plan(RECOMPUTE_ALL)
-    return describe([_kinds(block.plan) for block in blocks])
+        # What is on the host takes little here: it goes last, and a layer's input stays there.
+        stays = block.plan.attention_on_host and _on_device(block.plan)
+        host = {"attention": stays, "attention_on_host": stays, "input_on_host": block.plan.input_on_host}
+        block.set_plan(replace(RECOMPUTE_ALL, **host))
+    return describe([_choice(block.plan) for block in blocks])
+
+
+def bytes_of_host(config: RunConfig, workers: int) -> float:
+    """What a worker may have on the host, of `workers` that share it."""
+    asked = config.train.host_memory_budget_gib
+    return HOST_SHARE * host_memory()["free"] / workers if asked is None else asked * 2**30
 
 
 def bytes_of_state_to_come(strategy: Strategy) -> int:
@@ -228,11 +324,50 @@ def _least(number: float, device: torch.device) -> float:
     return float(box)
 
 
-def _use(blocks: Sequence[Block], kept: Sequence[frozenset[Kind]]) -> str:
-    for block, kinds in zip(blocks, kept, strict=True):
-        block.set_plan(Plan(**{kind: kind in kinds for kind in KINDS}))
-    return describe(kept)
+@contextmanager
+def timed_forwards(blocks: Sequence[Block]) -> Iterator[list[tuple[torch.cuda.Event, torch.cuda.Event]]]:
+    """The begin and end of each layer's forward, on the device, as far as they come to run."""
+    found: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def begin(*_: Any) -> None:
+        found.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+        found[-1][0].record()
+
+    def end(*_: Any) -> None:
+        found[-1][1].record()
+
+    hooks = [block.layer.register_forward_pre_hook(begin) for block in blocks]
+    hooks += [block.layer.register_forward_hook(end) for block in blocks]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def _kinds(plan: Plan) -> frozenset[Kind]:
-    return frozenset(kind for kind in KINDS if getattr(plan, kind))
+def _median(events: Sequence[tuple[torch.cuda.Event, torch.cuda.Event]]) -> float:
+    """Seconds between two events; what the first layers do once does not count."""
+    return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
+
+
+def _scaled(costs: dict[Kind, Gain], factor: float) -> dict[Kind, Gain]:
+    return {kind: Gain(gain.size, gain.seconds * factor) for kind, gain in costs.items()}
+
+
+def _keeps_all(choices: Sequence[Choice]) -> bool:
+    return all({"attention", "gate_up"} <= choice for choice in choices)
+
+
+def _use(blocks: Sequence[Block], choices: Sequence[Choice]) -> str:
+    for block, choice in zip(blocks, choices, strict=True):
+        block.set_plan(Plan(**{kind: kind in choice for kind in (*KINDS, *HOST_KINDS)}))
+    return describe(choices)
+
+
+def _choice(plan: Plan) -> Choice:
+    return frozenset(kind for kind in (*KINDS, *HOST_KINDS) if getattr(plan, kind))
+
+
+def _on_device(plan: Plan) -> bool:
+    """Whether it keeps anything on the device beside the layer's input."""
+    return plan.gate_up or plan.weights or plan.norms or (plan.attention and not plan.attention_on_host)

@@ -47,8 +47,6 @@ from qlora_dist.train.activation_plan import (
     OutOfRoom,
     Rehearsal,
     can_go_on,
-    largest_micro_batch,
-    rehearsal_batch,
     set_activations,
 )
 from qlora_dist.train.boundaries import check_document_boundaries
@@ -56,6 +54,7 @@ from qlora_dist.train.context import Worker
 from qlora_dist.train.evaluate import answer_prompts
 from qlora_dist.train.heartbeat import Heartbeat
 from qlora_dist.train.identity import resume, run_identity
+from qlora_dist.train.largest import largest_micro_batch, rehearsal_batch
 from qlora_dist.train.loop import Loop
 from qlora_dist.train.progress import Progress
 from qlora_dist.train.step import LossScale, accumulate_gradients, lays_flat
@@ -166,7 +165,10 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
     several = config.global_batch_size > config.train.per_device_train_batch_size * worker.world_size
     batches = [(batch, 0)] * (2 if several else 1)
     run = partial(accumulate_gradients, model, strategy, batches, batch.num_loss_tokens, 1.0, dtype)
-    rehearsal = Rehearsal(run, strategy, worker.device, largest, dtype.itemsize, can_go_on(config, worker.world_size))
+    alone = can_go_on(config, worker.world_size)
+    rehearsal = Rehearsal(
+        run, strategy, worker.device, largest, dtype.itemsize, alone, local_workers=worker.local_world_size
+    )
     leaner = agree(worker, worker.client.call("outcome")["out_of_memory"] if lead else None)
     kept = set_activations(config, adapted, blocks, rehearsal, leaner)
     if kept is not None:

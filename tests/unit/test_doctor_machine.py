@@ -12,6 +12,7 @@ import pytest
 
 from qlora_dist.cluster.doctor import machine, start
 from qlora_dist.cluster.doctor.wanted import Port, Wanted
+from qlora_dist.coordinate.host_memory import free_in_cgroups
 
 
 def test_a_port_is_free_taken_by_somebody_or_anybody_s() -> None:
@@ -51,14 +52,14 @@ def test_memory_that_a_control_group_of_either_version_leaves(tmp_path: Path) ->
     stat = "memory.stat inactive_file 1\ntotal_inactive_file 300\n"
     plain_files(step.parent, "memory.limit_in_bytes 5000", "memory.usage_in_bytes 1000", stat)
     own.write_text("11:cpuset:/slurm\n9:memory:/slurm/uid_0/job_7/step_0\n1:name=systemd:/slurm\n0::/user.slice\n")
-    assert sorted(machine._free_in_cgroups(root=tmp_path, own=own)) == [4300, 9223372036854771612]
+    assert sorted(free_in_cgroups(root=tmp_path, own=own)) == [4300, 9223372036854771612]
 
     job = tmp_path / "system.slice/job_7"
     job.mkdir(parents=True)
     plain_files(job, "memory.max max")
     plain_files(job.parent, "memory.max 6000", "memory.current 2000", "memory.stat anon 1\ninactive_file 500\n")
     own.write_text("0::/system.slice/job_7\n")
-    assert list(machine._free_in_cgroups(root=tmp_path, own=own)) == [4500]
+    assert list(free_in_cgroups(root=tmp_path, own=own)) == [4500]
 
 
 def plain_files(folder: Path, *files: str) -> None:

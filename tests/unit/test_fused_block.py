@@ -21,6 +21,7 @@ from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Conf
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_dist.model import block as block_module
+from qlora_dist.model import host_store
 from qlora_dist.model.block import KEEP_ALL, RECOMPUTE_ALL, Plan
 from qlora_dist.model.fused import attends_by_documents, fuse, fused_loss_sum, set_plan
 from qlora_dist.model.host_store import HostStore, store_of
@@ -228,6 +229,7 @@ def test_what_goes_to_the_host_comes_back_to_the_bit(family: str, plan: str, mon
     set_plan(fuse(away), PLANS[plan])
     store = HostStore(torch.device("cpu"))
     store.min_bytes = 1
+    monkeypatch.setattr(host_store, "SLAB_BYTES", 1)
     monkeypatch.setattr(block_module, "store_of", lambda device: store)
     wanted, wanted_grads, _ = losses(plain, batch(False), fused=True)
     lines: list[list[tuple[int, bool, bool]]] = []

@@ -4,10 +4,9 @@ import errno
 import hashlib
 import os
 import platform
-import re
 import socket
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import qlora_dist
 from qlora_dist.cluster.doctor.wanted import Port, Wanted
 from qlora_dist.config.folders import cache_root
 from qlora_dist.coordinate.host import this_host
+from qlora_dist.coordinate.host_memory import host_memory
 
 Facts = dict[str, Any]
 SMI_TIMEOUT_S = 20.0
@@ -32,10 +32,6 @@ SMI_FIELDS = {
 }  # fmt: skip
 # The second is its name before driver 535.
 SMI_REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
-# A control group's limit, usage, and in its memory.stat the file cache that goes first; version 1 has no "max" but a
-# limit beyond any memory.
-CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
-CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
 
@@ -48,7 +44,7 @@ def machine_facts(wanted: Wanted) -> Facts:
         "versions": versions(),
         "requires": requirements(),
         "code": code_digest(),
-        "memory": memory(),
+        "memory": host_memory(),
         "space": [space(what, path) for what, path in places(wanted).items()],
         "gpus": gpus(),
         "missing": [f"{setting}={path}" for setting, path in wanted.paths.items() if not _exists(path)],
@@ -87,36 +83,6 @@ def code_digest() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:8]
-
-
-def memory() -> dict[str, int]:
-    """Host memory in bytes: in all, and what this process and its children may still take."""
-    found = psutil.virtual_memory()
-    free = [found.available, *_free_in_cgroups()]
-    return {"total": found.total, "free": min(free), "limited": int(min(free) < found.available)}
-
-
-def _free_in_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterable[int]:
-    """What each control group (of either version) that this process is in leaves, file cache counted as free."""
-    for line in own.read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            top, (limit, usage, cached) = root, CGROUP_V2
-        elif "memory" in controllers.split(","):
-            top, (limit, usage, cached) = root / "memory", CGROUP_V1
-        else:
-            continue
-        group = top / path.lstrip("/")
-        for folder in (group, *group.parents):
-            if folder == top.parent:
-                break
-            if not (folder / limit).is_file():
-                continue
-            most = (folder / limit).read_text().strip()
-            if most != "max":
-                used = int((folder / usage).read_text())
-                cache = re.search(rf"^{cached} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
-                yield int(most) - used + (int(cache[1]) if cache else 0)
 
 
 def places(wanted: Wanted) -> dict[str, Path]:

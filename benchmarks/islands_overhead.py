@@ -12,7 +12,6 @@ import argparse
 import itertools
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.islands_figures import last_summary, parameters_of
+from benchmarks.process_tree import end_tree
 from qlora_dist.bench import document
 from qlora_dist.bench.workload import write_rows
 from qlora_dist.track.metrics import read_metrics
@@ -78,12 +78,14 @@ def measure(name: str, folder: Path, rows: Path, arguments: argparse.Namespace) 
     words += [f"aggregate.sync_every={arguments.sync_every}", *SIDES[name], *arguments.set]
     started = time.monotonic()
     with (folder / "output.txt").open("w") as output:
-        process = subprocess.Popen(words, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(words, stdout=output, stderr=output)
         try:
             code = process.wait(timeout=arguments.limit_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
+        except BaseException as error:
+            end_tree(process)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            code = None
     if code != 0:
         logs = [path.read_text(errors="replace")[-1500:] for path in sorted(run.glob("logs/*/*.log"))]
         told = (folder / "output.txt").read_text(errors="replace")[-1500:]

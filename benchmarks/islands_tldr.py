@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.islands_figures import draw, last_summary, loss_curve, parameters_of, table, verdicts
+from benchmarks.process_tree import end_tree
 from qlora_dist.bench import document
 from qlora_dist.config.schema import ModelConfig
 from qlora_dist.model.resolve import PACKAGE_PREFIX, packaged_gguf, resolve_base
@@ -153,19 +153,13 @@ class Run:
         words += [*point.settings(batch), *extra]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         with (folder / "output.txt").open("wb") as output:
-            process = subprocess.Popen(
-                words, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
-            )
+            process = subprocess.Popen(words, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
         return cls(point, folder, process, time.monotonic())
 
-    def kill(self) -> None:
-        """End it and its islands."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
     def tail(self) -> str:
-        """The last lines of what it has printed."""
-        return "\n".join((self.folder / "output.txt").read_text(errors="replace").splitlines()[-15:])
+        """The last lines of what it and its islands have printed."""
+        files = [self.folder / "output.txt", *sorted((self.folder / "run").glob("logs/*/*.log"))]
+        return "\n".join("\n".join(file.read_text(errors="replace").splitlines()[-15:]) for file in files)
 
 
 class Judge:
@@ -236,12 +230,13 @@ def run_all(
                     shutil.rmtree(run.folder)
                     print(f"{record['name']}: {record['held_out_loss']:.4f}, {seconds:.0f} s", flush=True)
                 if running and left < JUDGING_S / 2:
-                    print(f"out of time: {', '.join(run.point.name for run in running)}", flush=True)
+                    for run in running:
+                        print(f"{run.point.name} is out of time:\n{run.tail()}", flush=True)
                     return
                 time.sleep(0.2)
         finally:
             for run in running:
-                run.kill()
+                end_tree(run.process)
 
 
 def main() -> int:

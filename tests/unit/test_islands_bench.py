@@ -1,11 +1,13 @@
 """The arithmetic of the islands' benchmarks; the runs themselves are no tests."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.islands_docs import BLOCKS, PAGE, fill
 from benchmarks.islands_figures import mean_curve, summarise, table, times_fewer, verdicts
 from benchmarks.islands_overhead import round_overhead
 from benchmarks.islands_slow_link import shares
@@ -94,3 +96,11 @@ def test_walls_are_compared_with_ddps():
     sides = [{"name": "ddp", "wall_s": 100.0}, {"name": "islands", "wall_s": 20.0}]
     assert shares(sides) == {"islands": 0.2}
     assert shares(sides[1:]) == {}
+
+
+def test_page_has_one_place_for_each_result():
+    page = (Path(__file__).parents[2] / PAGE).read_text(encoding="utf-8")
+    for name in BLOCKS:
+        once = fill(page, name, "| 1 |")
+        assert fill(once, name, "| 2 |") == fill(page, name, "| 2 |")
+        assert "| 1 |\n<!-- end -->" in once

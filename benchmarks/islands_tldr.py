@@ -90,7 +90,7 @@ class Point:
 
 
 # Steps of an island and between exchanges: enough for 4 bits to move 100 times fewer bytes than DDP in bf16 sends.
-TIMES = {2: (480, 60), 4: (400, 40)}
+TIMES = {2: (560, 70), 4: (440, 44)}
 
 
 def points(seeds: Sequence[int], outer: Sequence[str] = ()) -> list[Point]:

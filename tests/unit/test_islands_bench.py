@@ -52,7 +52,7 @@ def test_planned_exchange_meets_the_stricter_count_with_room_for_headers(islands
     steps, sync = TIMES[islands]
     point = Point("diloco", islands, steps, sync, 0, bits=4)
     rows = [record(Point("ddp", islands, steps, sync, 0), 1.7), record(point, 1.71, 4.13)]
-    assert summarise(rows)[1]["fewer_bf16"][0] > 105
+    assert summarise(rows)[1]["fewer_bf16"][0] > 115
 
 
 def test_losses_are_compared_within_their_seed():

@@ -52,6 +52,31 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     raise typer.Exit(code)
 
 
+@app.command()
+def coordinate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 for islands on other machines.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Default: the one it had before, or a free one.")
+    ] = None,
+) -> None:
+    """Coordinate islands that are started apart, each by `train` with aggregate.coordinator and aggregate.island."""
+    from qlora_dist.cluster.outer import coordinate as run
+    from qlora_dist.track.terminal import watching
+
+    run_config = with_absolute_paths(load_config(config, overrides or []))
+    with watching(run_config.run_dir):
+        outcome = run(run_config, run_config.run_dir, host, port)
+    if outcome.message:
+        print(redact(outcome.message), file=sys.stderr)
+    if run_config.track.report:
+        report_at_end(run_config.run_dir)
+    raise typer.Exit(outcome.exit_code)
+
+
 def report_at_end(run_dir: Path) -> None:
     """Write report.html, if the run got as far as having metrics; that it fails is told and changes nothing."""
     from qlora_dist.track.metrics import read_metrics

@@ -2,6 +2,7 @@
 
     adapter_config.json, adapter_model.safetensors   a PEFT adapter: the folder loads in stock PEFT
     optimizer.safetensors, optimizer.json            state tensors under "PARAMETER|KEY", and scalars
+    extra.safetensors                                what else a trainer keeps; absent where there is nothing
     state.json                                       schedule, data position, counters, best metric
     config.yaml                                      the resolved configuration
     manifest.json                                    written by the coordinator, last
@@ -29,6 +30,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 OPTIMIZER_TENSORS = "optimizer.safetensors"
 OPTIMIZER_SCALARS = "optimizer.json"
+EXTRA_TENSORS = "extra.safetensors"
 STATE = "state.json"
 CONFIG = "config.yaml"
 Files = dict[str, dict[str, Any]]
@@ -51,6 +53,7 @@ class Snapshot:
         state: schedule, data position, counters, scaler, best metric; JSON. No generator state: draws derive from
             (seed, step, pack).
         config_yaml: the resolved configuration.
+        extra: what else is kept, such as the remainder of a compressed exchange.
     """
 
     step: int
@@ -60,6 +63,7 @@ class Snapshot:
     optimizer_scalars: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     config_yaml: str = ""
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
 
 def copy_to_host(snapshot: Snapshot) -> Snapshot:
@@ -75,6 +79,7 @@ def copy_to_host(snapshot: Snapshot) -> Snapshot:
         optimizer_scalars=_jsonable(snapshot.optimizer_scalars, "optimizer_scalars"),
         state=_jsonable(snapshot.state, "state"),
         config_yaml=snapshot.config_yaml,
+        extra={name: _copy(tensor) for name, tensor in snapshot.extra.items()},
     )
 
 
@@ -125,6 +130,8 @@ def write_snapshot(snapshot: Snapshot, folder: Path) -> Files:
     write(ADAPTER_WEIGHTS, _packed(snapshot.adapter))
     write(OPTIMIZER_TENSORS, _packed(snapshot.optimizer))
     write(OPTIMIZER_SCALARS, _to_json(_jsonable(snapshot.optimizer_scalars, "optimizer_scalars")))
+    if snapshot.extra:
+        write(EXTRA_TENSORS, _packed(snapshot.extra))
     write(STATE, _to_json(state))
     write(CONFIG, snapshot.config_yaml.encode())
     fsync_folder(folder)
@@ -182,4 +189,5 @@ def read_snapshot(folder: Path) -> Snapshot:
         optimizer_scalars=parse(OPTIMIZER_SCALARS, json.loads),
         state=state["state"],
         config_yaml=read(CONFIG).decode(),
+        extra=parse(EXTRA_TENSORS, safetensors.torch.load) if EXTRA_TENSORS in expected else {},
     )

@@ -13,6 +13,7 @@ from qlora_dist.config.load import to_yaml
 from qlora_dist.config.redact import redact
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.client import Fenced
+from qlora_dist.coordinate.outer_address import keep_token
 from qlora_dist.coordinate.rundir import open_run
 
 INTERRUPTED = 130
@@ -50,16 +51,24 @@ def launch(config: RunConfig, run_dir: Path, train_name: str = TRAIN) -> int:
 def _run(config: RunConfig, run_dir: Path, train_name: str) -> Outcome:
     # Each launcher is imported only where it is used: Ray and torch's agent take seconds.
     backend = config.launch.backend
+    if config.aggregate.here and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        raise UserError("islands-under-launcher", islands=config.aggregate.islands)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if backend == "ray":
             raise UserError("torchrun-around-ray")
         from qlora_dist.cluster.torchrun import run_as_worker
 
         return run_as_worker(config, run_dir, train_name)
-    if backend in ("none", "torchrun"):
+    if backend in ("none", "torchrun") or config.aggregate.here:
         # On Ray the name of the coordinator's actor does this.
         refuse_second_start(run_dir)
     open_run(run_dir, to_yaml(config))
+    if config.aggregate.here:
+        from qlora_dist.cluster.islands import run_islands
+
+        return run_islands(config, run_dir)
+    if config.aggregate.coordinator is not None:
+        keep_token(config.aggregate.coordinator, run_dir)
     if backend == "torchrun":
         from qlora_dist.cluster.torchrun import run_with_torchrun
 

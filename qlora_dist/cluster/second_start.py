@@ -27,7 +27,7 @@ def refuse_second_start(run_dir: Path) -> None:
     if not all((run_dir / name).is_file() for name in (RUN_FILE, EVENTS_FILE)):
         return  # a new run, or one that `open_run` says what is wrong with
     first = read_status(run_dir)
-    if first["state"] != "running" or first["age_s"] > WATCH_S or not any(map(_may_live, first["ranks"])):
+    if first["state"] != "running" or first["age_s"] > WATCH_S or not any(map(_may_live, _processes(first))):
         return
     deadline = time.monotonic() + WATCH_S
     while time.monotonic() < deadline:
@@ -41,7 +41,13 @@ def refuse_second_start(run_dir: Path) -> None:
 
 def starter(run_dir: Path) -> str:
     """Host and process of rank 0 of the run's current attempt, as HOST:PID."""
-    return ", ".join(f"{rank['host']}:{rank['pid']}" for rank in read_status(run_dir)["ranks"] if rank["rank"] == 0)
+    processes = _processes(read_status(run_dir))
+    return ", ".join(f"{rank['host']}:{rank['pid']}" for rank in processes if rank["rank"] == 0)
+
+
+def _processes(status: dict[str, Any]) -> list[dict[str, Any]]:
+    """The ranks; of a run of islands its coordinator."""
+    return status["ranks"] or [status[name] for name in ("coordinator",) if name in status]
 
 
 def _may_live(rank: dict[str, Any]) -> bool:

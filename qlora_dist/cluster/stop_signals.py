@@ -99,7 +99,8 @@ class StopSignals:
 
     def outcome(self, outcome: Outcome) -> Outcome:
         """`outcome`; where a signal has stopped the run before it was done, with 128 + the signal as the exit code."""
-        if self.first is None or outcome.exit_code != 0 or (outcome.summary or {}).get("stopped_early"):
+        summary = outcome.summary or {}
+        if self.first is None or outcome.exit_code != 0 or summary.get("stopped_early") or summary.get("complete"):
             return outcome
         if outcome.step is not None and outcome.step == read_status(self._run_dir)["max_steps"]:
             return outcome

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from qlora_dist.config.errors import UserError
+from qlora_dist.config.island_rules import island_contradictions
 from qlora_dist.config.redact import holds_credentials, redact
 from qlora_dist.config.shard_rules import shard_contradictions
 
@@ -82,3 +83,4 @@ def contradictions(config: "RunConfig") -> Iterator[UserError]:
         yield UserError("backend-for-one-worker", workers=workers)
     if launch.address is not None and launch.backend != "ray":
         yield UserError("address-without-ray", backend=launch.backend)
+    yield from island_contradictions(config)

@@ -3,10 +3,10 @@
 A transport is anything with `call(method, **arguments) -> dict`; the functions below are written on top of it.
 """
 
-import contextlib
 import http.client
 import json
 import secrets
+import threading
 import time
 import urllib.parse
 from collections.abc import Mapping
@@ -62,6 +62,9 @@ class HttpClient:
         token: the service's secret.
         timeout_s: for one try.
         patience_s: for all tries of a call.
+
+    Attributes:
+        sent, received: bytes of all requests and answers so far, HTTP's own lines included.
     """
 
     def __init__(self, url: str, token: str, timeout_s: float = 120.0, patience_s: float = 300.0):
@@ -71,6 +74,8 @@ class HttpClient:
         self.url = url
         self._parts = parts
         self._token, self._timeout_s, self._patience_s = token, timeout_s, patience_s
+        self.sent = self.received = 0
+        self._counting = threading.Lock()
 
     def call(self, method: str, **arguments: Any) -> dict[str, Any]:
         """Send one message.
@@ -81,35 +86,80 @@ class HttpClient:
             Unreachable: no answer within `patience_s`.
         """
         message = {"method": method, "arguments": arguments, "request_id": secrets.token_hex(16)}
-        body = json.dumps(message).encode()
+        status, answer = self._request("POST", "/call", json.dumps(message).encode(), method)
+        return _read_answer(self.url, status, answer)
+
+    def put_file(self, name: str, data: bytes) -> None:
+        """Send a file; raises as `call`."""
+        status, answer = self._request("PUT", f"/files/{name}", data, name)
+        _read_answer(self.url, status, answer)
+
+    def get_file(self, name: str) -> bytes | None:
+        """Fetch a file, None where there is none of that name (any more); raises as `call`."""
+        status, answer = self._request("GET", f"/files/{name}", None, name)
+        if status == 404:
+            return None
+        if status != 200:
+            _read_answer(self.url, status, answer)
+        return answer
+
+    def _request(self, verb: str, path: str, body: bytes | None, what: str) -> tuple[int, bytes]:
         deadline = time.monotonic() + self._patience_s
         pause_s = 0.1
         while True:
             try:
-                status, answer = self._post(body)
+                status, answer = self._try(verb, path, body)
                 # A gateway between here and the service says so when the service does not answer.
                 if status not in (502, 503, 504):
-                    break
+                    return status, answer
                 raise ConnectionError(f"answer {status}")
             except (OSError, http.client.HTTPException) as error:
                 if time.monotonic() + pause_s > deadline:
                     raise Unreachable(
-                        f"the coordinator at {self.url} gave no answer to {method} for {self._patience_s:.0f} s: "
+                        f"the coordinator at {self.url} gave no answer to {what} for {self._patience_s:.0f} s: "
                         f"{error or type(error).__name__}"
                     ) from error
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 5.0)
-        return _read_answer(self.url, status, answer)
 
-    def _post(self, body: bytes) -> tuple[int, bytes]:
+    def _try(self, verb: str, path: str, body: bytes | None) -> tuple[int, bytes]:
         parts = self._parts
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        kind = _HttpsConnection if parts.scheme == "https" else _HttpConnection
         connection = kind(parts.hostname or "", parts.port, timeout=self._timeout_s)
         headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
-        with contextlib.closing(connection):
-            connection.request("POST", parts.path.rstrip("/") + "/call", body, headers)
+        try:
+            connection.request(verb, parts.path.rstrip("/") + path, body, headers)
             response = connection.getresponse()
-            return response.status, response.read()
+            answer = response.read()
+            head = len(f"HTTP/1.1 {response.status} {response.reason}") + 4
+            head += sum(len(name) + len(value) + 4 for name, value in response.getheaders())
+            with self._counting:
+                self.received += head + len(answer)
+            return response.status, answer
+        finally:
+            with self._counting:
+                self.sent += connection.sent
+            connection.close()
+
+
+class _HttpConnection(http.client.HTTPConnection):
+    """Counts the bytes that it sends."""
+
+    sent = 0
+
+    def send(self, data: Any) -> None:
+        super().send(data)
+        self.sent += len(data)
+
+
+class _HttpsConnection(http.client.HTTPSConnection):
+    """Counts the bytes that it sends, before they are encrypted."""
+
+    sent = 0
+
+    def send(self, data: Any) -> None:
+        super().send(data)
+        self.sent += len(data)
 
 
 def _read_answer(url: str, status: int, body: bytes) -> dict[str, Any]:

@@ -46,10 +46,16 @@ def leave(rounds: Rounds, terms: Terms, island: str, session: str, reason: str, 
     return Decision([{"kind": "island_left", "time": now, "island": island, "reason": reason, **ended}], {})
 
 
-def lease(rounds: Rounds, terms: Terms, island: str, session: str, packs: int, now: float) -> Decision:
+def lease(
+    rounds: Rounds, terms: Terms, island: str, session: str, packs: int, now: float, sending: int | None = None
+) -> Decision:
     """An island asks for `packs` packs for the open round (or the next, see `Terms.overlap`).
 
     An overdue lease that it still holds ends with this: it has given up on it.
+
+    Args:
+        sending: under `Terms.overlap` a lease that the island has trained and whose contribution is on its way: it goes
+            on meanwhile, with packs for the round after that one. There is one such lease at most.
 
     Returns:
         {"lease": id | None, "round": the round it is for, "version": the current adapter, "ranges": [[start, end)],
@@ -63,12 +69,16 @@ def lease(rounds: Rounds, terms: Terms, island: str, session: str, packs: int, n
         return Decision([], _granted(rounds, None, refused=refused))
     if rounds.finished(terms.packs):
         return Decision([], _granted(rounds, None, done=True))
-    held = rounds.lease_of(island)
+    mine = {c.round for c in rounds.contributions.values() if c.island == island}
+    holds = _leases_of(rounds, island)
+    if terms.overlap and sending is not None:
+        mine |= {one.round for one in holds if one.id == sending}
+        holds = [one for one in holds if one.id != sending]
+    held = holds[0] if holds else None
     if held is not None and held.round >= rounds.round:
         return Decision([], _granted(rounds, held, left_s=_left_s(rounds, terms, held, now)))
     if (wait := _not_started(rounds, terms, now)) is not None:
         return Decision([], _granted(rounds, None, wait=wait))
-    mine = {c.round for c in rounds.contributions.values() if c.island == island}
     ahead = int(rounds.round in mine)
     if ahead and (not terms.overlap or rounds.round + 1 in mine):
         return Decision([], _granted(rounds, None, wait=f"round {rounds.round} is still open"))
@@ -138,6 +148,15 @@ def contribute(
     event |= {"trained": [list(part) for part in wanted], "tokens": tokens, **back, "facts": facts}
     counts = max(rounds.round, held.round)
     return Decision([event], {"accepted": True, "reason": None, "round": counts})
+
+
+def reject(rounds: Rounds, terms: Terms, lease: int, reason: str, now: float) -> Decision:
+    """A contribution that was accepted turns out to be of no use; its packs go back to the pool."""
+    found = rounds.contributions.get(lease)
+    if found is None:
+        return Decision([], {})
+    event = {"kind": "contribution_refused", "time": now, "island": found.island, "lease": lease, "reason": reason}
+    return Decision([{**event, **_end(rounds, terms, [found])}], {})
 
 
 def commit(

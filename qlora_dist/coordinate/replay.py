@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_dist.coordinate.log import Event
+from qlora_dist.coordinate.rounds import ROUND_DECISIONS, Rounds
 
 # Events that carry decisions; `Coordinator.note` may not write them.
 DECISIONS = frozenset(
@@ -23,7 +24,9 @@ DECISIONS = frozenset(
         "resize_off",
         "stop",
         "finished",
+        "islands_begun",
     }
+    | ROUND_DECISIONS
 )
 
 
@@ -46,6 +49,8 @@ class Run:
     resizes: planned resizes done since the job started, in order: {generation, step, reason, time}.
         started_generation: generation number when the job started, 0 where it is the first.
     session: the launcher of this job, where it starts workers again by itself.
+    begun: what islands begin with, of a run that has some; `rounds` is where they stand.
+    refusals: contributions that were refused, in order: {island, lease, reason, time}.
     """
 
     generation: int | None = None
@@ -68,11 +73,21 @@ class Run:
     started_generation: int = 0
     session: str | None = None
     last_time: float | None = None
+    begun: Event | None = None
+    rounds: Rounds = field(default_factory=Rounds)
+    refusals: list[dict[str, Any]] = field(default_factory=list)
 
     def apply(self, event: Event) -> None:
         """Take in one event. Kinds that are not known are passed over: they are notes."""
         self.last_time = event.get("time", self.last_time)
+        self.rounds.apply(event)
         match event["kind"]:
+            case "islands_begun":
+                self.begun = event
+            case "contribution_refused":
+                self.refusals.append({key: event[key] for key in ("island", "lease", "reason", "time")})
+            case "round_committed":
+                self.refusals += [{**entry, "time": event["time"]} for entry in event["refused"]]
             case "job":
                 self.started_generation = event["started_generation"]
                 self.session = event.get("session")
@@ -146,6 +161,8 @@ class Run:
             return "failed"
         if self.held is not None:
             return "starting"
+        if self.begun is not None:
+            return "running"
         if self.generation is None or self.generation <= self.started_generation:
             return "starting"
         return "running"

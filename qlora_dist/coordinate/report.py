@@ -24,8 +24,9 @@ def build(run_id: str, run: Run, heard: Heard, joined: list[int]) -> dict[str, A
         tokens_per_second (sum over ranks), stragglers ([{rank, host, pid, busy_s, usual_s, sentence}]), seconds_left,
         ranks (one {rank, host, pid, step, phase, age_s, tokens_per_second, memory_bytes, busy_s (seconds a step outside
         collectives), ...} each), last_checkpoint ({folder, step, generation, time, metrics}), commits (in all),
-        restarts ([{generation, step, reason, planned: True for a resize}] since the job started), reason (why it failed
-        or stopped), joined (ranks of a group that is not complete yet), time (seconds since the epoch).
+        restarts ([{generation, step, reason, planned: True for a resize}] since the job started), rounds (of islands,
+        see `rounds_told`), reason (why it failed or stopped), joined (ranks of a group that is not complete yet), time
+        (seconds since the epoch).
     """
     now = time.monotonic()
     ranks = []
@@ -64,7 +65,26 @@ def _durable(run: Run) -> dict[str, Any]:
         "last_checkpoint": None if last is None else {key: last[key] for key in keys},
         "commits": run.commits,
         "restarts": _restarts(run),
+        "rounds": rounds_told(run),
     }
+
+
+def rounds_told(run: Run) -> dict[str, Any] | None:
+    """Where a run of islands stands; None for any other run.
+
+    Returns:
+        What `Rounds.report` does, with packs (in all), last (of the last round: round, why, time, counted, and the
+        facts' metrics), and refusals (the last ten: {island, lease, reason, time}).
+    """
+    if run.begun is None:
+        return None
+    last = run.rounds.last
+    told = None
+    if last is not None:
+        told = {key: last[key] for key in ("round", "why", "time", "counted")}
+        told["metrics"] = last["facts"].get("metrics", {})
+    packs = run.begun["packs"]
+    return {**run.rounds.report(packs), "packs": packs, "last": told, "refusals": run.refusals[-10:]}
 
 
 def _restarts(run: Run) -> list[dict[str, Any]]:

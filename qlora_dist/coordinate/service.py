@@ -2,20 +2,26 @@
 
 One request: `POST /call` with `Authorization: Bearer TOKEN` and
 `{"method": ..., "arguments": {...}, "request_id": ...}`; the answer is the coordinator's, or {"error", "kind"}.
+A coordinator that takes and gives files has them at `/files/NAME`, by PUT and GET.
 """
 
 import hmac
 import json
 import logging
+import os
+import re
+import shutil
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any, Protocol
 
 from qlora_dist.config.errors import UserError
-from qlora_dist.coordinate.state import Coordinator
 
 logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 4 << 20
@@ -23,7 +29,27 @@ REMEMBERED_REQUESTS = 1024
 # Messages that are not to be acted on twice; the others do no harm when they come again.
 ONCE = frozenset({"start_job", "commit", "fail", "finish", "request_stop", "should_restart", "note"})
 SOCKET_TIMEOUT_S = 30.0
+FILES = "/files/"
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 Reply = tuple[int, dict[str, Any]]
+
+
+class Answers(Protocol):
+    """What a service serves: `coordinate.state.Coordinator` and others."""
+
+    def handle(self, method: str, **kwargs: Any) -> dict[str, Any]: ...
+
+
+class Files(Protocol):
+    """Files that go over the service, too.
+
+    `take` reads `size` bytes of a file from a stream and keeps them; it raises ValueError where it does not take it.
+    `give` names a file to send, None where there is none of that name.
+    """
+
+    def take(self, name: str, stream: BufferedIOBase, size: int) -> None: ...
+
+    def give(self, name: str) -> Path | None: ...
 
 
 class _Server(ThreadingHTTPServer):
@@ -37,16 +63,20 @@ class CoordinatorService:
     Args:
         token: the secret that every request must carry; not empty.
         port: 0 for a free one; `url` then tells it.
+        files: what is at `/files/`; nothing where None.
 
     Raises:
         OSError: the address cannot be bound.
     """
 
-    def __init__(self, coordinator: Coordinator, token: str, host: str = "127.0.0.1", port: int = 0):
+    def __init__(
+        self, coordinator: Answers, token: str, host: str = "127.0.0.1", port: int = 0, files: Files | None = None
+    ):
         if not token:
             raise ValueError("a service without a token would obey anybody")
         self._coordinator = coordinator
         self._token = token.encode()
+        self._files = files
         # A message that comes again (its answer got lost) gets the same answer and is not acted on again.
         self._requests: OrderedDict[str, Future[Reply]] = OrderedDict()
         self._guard = threading.Lock()
@@ -55,6 +85,12 @@ class CoordinatorService:
         class Handler(_Handler):
             def answer(self) -> Reply:
                 return service._answer(self)
+
+            def take_file(self) -> Reply:
+                return service._take_file(self)
+
+            def give_file(self) -> Path | Reply:
+                return service._give_file(self)
 
         self._server = _Server((host, port), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True)
@@ -78,11 +114,47 @@ class CoordinatorService:
             under_way = [future for future in self._requests.values() if not future.done()]
         wait(under_way, timeout_s)
 
-    def _answer(self, request: "_Handler") -> Reply:
-        """Check the request, then act on it."""
+    def _stranger(self, request: "_Handler") -> Reply | None:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), self._token):
             return 401, {"error": "wrong or missing token"}
+        return None
+
+    def _file_name(self, request: "_Handler") -> str | Reply:
+        if (stranger := self._stranger(request)) is not None:
+            return stranger
+        name = request.path.removeprefix(FILES)
+        if self._files is None or not request.path.startswith(FILES) or not FILE_NAME.fullmatch(name):
+            return 404, {"error": "there is no such file here"}
+        return name
+
+    def _take_file(self, request: "_Handler") -> Reply:
+        name = self._file_name(request)
+        if not isinstance(name, str):
+            return name
+        assert self._files is not None
+        length = request.headers.get("Content-Length", "")
+        if not length.isascii() or not length.isdigit():
+            return 411, {"error": "Content-Length is needed"}
+        try:
+            self._files.take(name, request.rfile, int(length))
+        except UserError as error:
+            return 422, {"error": error.to_dict(), "kind": "user"}
+        except ValueError as error:
+            return 400, {"error": f"{name}: {error}", "kind": "error"}
+        return 200, {}
+
+    def _give_file(self, request: "_Handler") -> Path | Reply:
+        name = self._file_name(request)
+        if not isinstance(name, str):
+            return name
+        assert self._files is not None
+        return self._files.give(name) or (404, {"error": f"{name} is not here (any more)", "kind": "error"})
+
+    def _answer(self, request: "_Handler") -> Reply:
+        """Check the request, then act on it."""
+        if (stranger := self._stranger(request)) is not None:
+            return stranger
         if request.path != "/call":
             return 404, {"error": "only /call is here"}
         if request.headers.get_content_type() != "application/json":
@@ -136,17 +208,42 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self) -> Reply:
         raise NotImplementedError
 
+    def take_file(self) -> Reply:
+        raise NotImplementedError
+
+    def give_file(self) -> Path | Reply:
+        raise NotImplementedError
+
     def do_POST(self) -> None:
+        self._reply(self.answer)
+
+    def do_PUT(self) -> None:
+        self._reply(self.take_file)
+
+    def do_GET(self) -> None:
+        found = self.give_file()
+        if not isinstance(found, Path):
+            self._reply(lambda: found)
+            return
+        # Opened before the headers are sent: what is removed meanwhile can still be read.
+        with found.open("rb") as file:
+            self._head(200, "application/octet-stream", os.fstat(file.fileno()).st_size)
+            shutil.copyfileobj(file, self.wfile, 1 << 20)
+
+    def _reply(self, act: Callable[[], Reply]) -> None:
         started = time.monotonic()
-        status, answer = self.answer()
+        status, answer = act()
         body = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Connection", "close")
-        self.end_headers()
+        self._head(status, "application/json", len(body))
         self.wfile.write(body)
         logger.debug("%s %s %d %.3f s", self.client_address[0], self.path, status, time.monotonic() - started)
+
+    def _head(self, status: int, kind: str, size: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(size))
+        self.send_header("Connection", "close")
+        self.end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
         logger.debug(format, *args)

@@ -75,8 +75,63 @@ class GlobalOrder:
         following = Position(position.epoch, end) if end < self.num_packs else Position(position.epoch + 1, 0)
         return packs, following
 
+    def packs_at(self, absolute: np.ndarray) -> np.ndarray:
+        """The packs (int64) at absolute positions, epoch * num_packs + pack, of the order without end."""
+        epochs, places = np.divmod(absolute, self.num_packs)
+        packs = np.empty(len(absolute), dtype=np.int64)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            packs[chosen] = self._epoch(int(epoch))[places[chosen]]
+        return packs
+
     def _epoch(self, epoch: int) -> np.ndarray:
         return _permutation(self.num_packs, self.seed, epoch) if self.shuffle else _identity(self.num_packs)
+
+
+@dataclass(frozen=True)
+class LeasedOrder:
+    """Ranges of the global order that one island trains; its batches are cut from them, whatever lies between.
+
+    Attributes:
+        order: the order of the whole run; its `global_batch_size` is this island's.
+        absolute: positions in it, ascending (int64).
+        islands: how many share an epoch.
+    """
+
+    order: GlobalOrder
+    absolute: np.ndarray
+    islands: int = 1
+
+    @classmethod
+    def of(cls, order: GlobalOrder, ranges: Sequence[Sequence[int]], islands: int) -> "LeasedOrder":
+        """The order of a lease's half-open ranges."""
+        parts = [np.arange(start, end) for start, end in ranges]
+        return cls(order, np.concatenate(parts) if parts else np.empty(0, dtype=np.int64), islands)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an island for its share of an epoch."""
+        return math.ceil(self.order.num_packs / (self.order.global_batch_size * self.islands))
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole lease."""
+        return math.ceil(len(self.absolute) / self.order.global_batch_size)
+
+    @property
+    def start(self) -> Position:
+        """The first pack's position."""
+        return self._position(0)
+
+    def batch_at(self, position: Position) -> tuple[np.ndarray, Position]:
+        """The packs of the step at `position`, and the position after it; see `GlobalOrder.batch_at`."""
+        begin = int(np.searchsorted(self.absolute, position.epoch * self.order.num_packs + position.pack))
+        end = begin + self.order.global_batch_size
+        return self.order.packs_at(self.absolute[begin:end]), self._position(end)
+
+    def _position(self, place: int) -> Position:
+        absolute = int(self.absolute[place]) if place < len(self.absolute) else int(self.absolute[-1]) + 1
+        return Position(*divmod(absolute, self.order.num_packs))
 
 
 def micro_batches(

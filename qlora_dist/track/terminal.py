@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column, Table
 from rich.text import Text
 
+from qlora_dist.track.island_lines import island_line
 from qlora_dist.track.metrics import FILE as METRICS_FILE
 from qlora_dist.track.metrics import read_metrics
 
@@ -82,7 +83,7 @@ class View:
                 self.show_event(record)
             elif "eval_loss" in record:
                 self.show_evaluation(record)
-            elif record["step"] > self.seen_step:
+            elif record["step"] > self.seen_step and "learning_rate" in record:
                 self.seen_step, latest = record["step"], record
         if latest is not None:
             self.show_step(latest)
@@ -118,6 +119,8 @@ class View:
             self.line("resize", f"called off: {event['reason']}")
         elif kind == "finished":
             self.show_end(event["step"], event["summary"])
+        elif (line := island_line(event)) is not None:
+            self.line(*line)
 
     def show_end(self, step: int, summary: dict[str, Any]) -> None:
         """What came of the run: held-out loss, the adapter, and sample answers."""
@@ -130,7 +133,7 @@ class View:
         if len(losses) > 1:
             change = 100 * (losses[-1] / losses[0] - 1)
             fell = f"; held-out loss {losses[0]:.4f} -> {losses[-1]:.4f} ({change:+.0f} %)"
-        self.line("done", f"{step} steps{early}{skipped}{fell}")
+        self.line("done", f"{step} {'rounds' if 'rounds' in summary else 'steps'}{early}{skipped}{fell}")
         self.line("adapter", summary["adapter"])
         for sample in summary["samples"]:
             self.console.print()
@@ -140,7 +143,7 @@ class View:
 
     def show_evaluation(self, record: dict[str, Any]) -> None:
         """One line for a held-out loss."""
-        loss, perplexity = record["eval_loss"], record["eval_perplexity"]
+        loss, perplexity = record["eval_loss"], record.get("eval_perplexity")
         if loss is None:
             self.line("eval", f"step {record['step']}: held-out loss is not finite", style="red")
         else:

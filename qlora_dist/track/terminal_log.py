@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.text import Text
 
 from qlora_dist.config.redact import redact
+from qlora_dist.coordinate.ranges import count
 from qlora_dist.coordinate.report import read_status
 from qlora_dist.coordinate.rundir import EVENTS_FILE
 from qlora_dist.coordinate.stop import is_over
+from qlora_dist.track.island_lines import island_line
 from qlora_dist.track.metrics import FILE as METRICS_FILE
 from qlora_dist.track.terminal import Tail
 
@@ -104,6 +106,18 @@ def lines(record: dict[str, Any]) -> Iterator[Line]:
             yield "eval", f"step {record['step']}: held-out loss {shown}", "cyan"
         case "example":
             return  # what is in the data is for the person who starts the run
+        case "leased":
+            packs = count(record["pieces"])
+            yield "lease", f"{packs} packs of round {record['round']} to island {record['island']}", "dim"
+        case "contributed":
+            tokens, lease = record["tokens"], record["lease"]
+            yield "island", f"{record['island']} has contributed lease {lease}, {tokens:,} tokens", "dim"
+        case "evaluated":
+            yield "eval", f"held-out loss {record['eval_loss']:.4f} after {record['version']} rounds", "cyan"
+        case "island_told" | "leases_ended" | "rounds_resumed":
+            return
+        case _ if (line := island_line(record)) is not None:
+            yield line
         case _:
             for text in str(record.get("message") or _fields(record)).splitlines():
                 yield kind, text, ""

@@ -22,7 +22,7 @@ from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import to_yaml
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.data.collate import MicroBatch, collate, loss_tokens, num_tokens, tokens_of_ranks
-from qlora_dist.data.order import GlobalOrder, Position, micro_batches
+from qlora_dist.data.order import GlobalOrder, LeasedOrder, Position, micro_batches
 from qlora_dist.data.tokens import TokenTable
 from qlora_dist.model.block import Block
 from qlora_dist.optim.optimizers import set_learning_rate
@@ -63,7 +63,7 @@ class Loop:
     schedule: Callable[[int], float]
     compute_dtype: torch.dtype
     pad_token_id: int
-    order: GlobalOrder
+    order: GlobalOrder | LeasedOrder
     train_table: TokenTable
     eval_table: TokenTable | None
     total_steps: int
@@ -172,7 +172,7 @@ class Loop:
         bear_loss = loss_tokens(self.train_table, packs)
         share = self.forward_and_backward(batches, bear_loss)
         self.heartbeat.at(progress.step + 1, "collective")
-        asked = self.heartbeat.stop_asked, self.heartbeat.hold_asked
+        asked = self.votes()
         with waits:
             norm = self.strategy.clip(config.train.max_grad_norm, progress.loss_scale.scale)
             if self.world_size > 1:
@@ -181,7 +181,7 @@ class Loop:
                 dist.all_reduce(totals)
             else:
                 totals = share.view(1)
-                self.asked_to_stop, self.asked_to_hold = asked
+                self.heed(asked)
         learning_rate = self.schedule(progress.step)
         set_learning_rate(self.strategy.optimizer, learning_rate)
         self.strategy.step(~(torch.isfinite(norm) & torch.isfinite(totals[0])))
@@ -190,13 +190,25 @@ class Loop:
         of_ranks = tokens_of_ranks(self.train_table, packs, config.train.per_device_train_batch_size, self.world_size)
         taken = Taken(progress.step, learning_rate, num_tokens(self.train_table, packs), bear_loss, of_ranks)
         self.arrivals.send(taken, torch.cat([norm.view(1), totals]))
-        if progress.step < self.total_steps:
+        if self.goes_on():
             self.ahead[following] = self.fetch(following)
         # The next step's loss is multiplied by what this one says of the scale.
         self.take_up(everything=progress.loss_scale.enabled)
         waits.end_step(sum(batch.input_ids_BT.numel() for batch, _ in batches))
         self.heartbeat.busy = waits.busy
         self.heartbeat.steps.append((progress.step, int(of_ranks[self.rank])))
+
+    def goes_on(self) -> bool:
+        """Whether another step follows, whose batch is worth fetching."""
+        return self.progress.step < self.total_steps
+
+    def votes(self) -> tuple[bool, ...]:
+        """What this rank has heard: to stop, to hold still."""
+        return self.heartbeat.stop_asked, self.heartbeat.hold_asked
+
+    def heed(self, votes: Sequence[bool]) -> None:
+        """Take up what any rank has heard; all ranks do so after the same step."""
+        self.asked_to_stop, self.asked_to_hold = votes[:2]
 
     def forward_and_backward(self, batches: list[tuple[MicroBatch, int]], bear_loss: int) -> Tensor:
         """This rank's share of the global loss; out of memory, a worker that can tries again with a leaner plan.
@@ -242,7 +254,7 @@ class Loop:
             self.done = done
             self.unlogged.append((taken, loss, norm))
             if votes:
-                self.asked_to_stop, self.asked_to_hold = (vote > 0 for vote in votes)
+                self.heed([vote > 0 for vote in votes])
             self.count_bad_step(taken.step, not (math.isfinite(loss) and math.isfinite(norm)))
             if taken.step % self.config.train.logging_steps == 0:
                 self.write_records()
@@ -295,13 +307,8 @@ class Loop:
         """Measure the held-out loss, if there are held-out rows; True where it is the best so far."""
         if self.eval_table is None:
             return False
-        self.log()
         started = time.monotonic()
-        self.heartbeat.at(self.progress.step, "compute")
-        eval_loss = held_out_loss(
-            self.model, self.eval_table, self.config.eval.per_device_eval_batch_size, self.rank, self.world_size,
-            self.pad_token_id, self.compute_dtype, self.device, self.strategy.collective_forward,
-        )  # fmt: skip
+        eval_loss = self.held_out_loss(self.eval_table)
         if self.metrics is not None:
             self.metrics.write(
                 self.progress.step, eval_loss=eval_loss, eval_perplexity=_exp(eval_loss),
@@ -310,8 +317,30 @@ class Loop:
         self.last_eval = (self.progress.step, eval_loss)
         # The untrained adapter has no checkpoint, so it is never the best one.
         improved = self.progress.step > 0 and self.progress.note_evaluation(eval_loss, self.config.eval)
-        self.interval_start = self.arrivals.now()
         return improved and self.config.checkpoint.keep_best > 0
+
+    def held_out_loss(self, table: TokenTable) -> float:
+        """The held-out loss of the adapter as it is; its time is no step's."""
+        self.log()
+        self.heartbeat.at(self.progress.step, "compute")
+        loss = held_out_loss(
+            self.model, table, self.config.eval.per_device_eval_batch_size, self.rank, self.world_size,
+            self.pad_token_id, self.compute_dtype, self.device, self.strategy.collective_forward,
+        )  # fmt: skip
+        self.interval_start = self.arrivals.now()
+        return loss
+
+    def full_adapter(self) -> dict[str, Tensor]:
+        """The whole adapter, what does not train included. All ranks call it together."""
+        return self.strategy.full_adapter()
+
+    def kept_state(self) -> dict[str, Any]:
+        """What else goes into a checkpoint's state."""
+        return {}
+
+    def kept_tensors(self) -> dict[str, Tensor]:
+        """What else goes into a checkpoint's tensors."""
+        return {}
 
     def save(self) -> None:
         """Hand a snapshot to the background writer, unless this step has one or is in the middle of bad steps."""
@@ -333,7 +362,8 @@ class Loop:
                     adapter_config=self.adapter_config,
                     optimizer=state.optimizer,
                     optimizer_scalars=state.optimizer_scalars,
-                    state={"progress": self.progress.to_dict(), "identity": self.identity},
+                    state={"progress": self.progress.to_dict(), "identity": self.identity, **self.kept_state()},
+                    extra=self.kept_tensors(),
                     config_yaml=to_yaml(self.config),
                 ),
                 {"eval_loss": self.last_eval[1]} if self.last_eval is not None and evaluated_now else {},

@@ -29,6 +29,7 @@ from qlora_dist.model.adapter import (
     adapter_config_json,
     attach_adapter,
     check_trainable,
+    trainable_parameters,
     write_adapter,
 )  # fmt: skip
 from qlora_dist.model.base import compute_dtype, load_base, load_tokenizer
@@ -54,6 +55,7 @@ from qlora_dist.train.context import Worker
 from qlora_dist.train.evaluate import answer_prompts
 from qlora_dist.train.heartbeat import Heartbeat
 from qlora_dist.train.identity import resume, run_identity
+from qlora_dist.train.island_loop import IslandLoop, meet_islands
 from qlora_dist.train.largest import largest_micro_batch, rehearsal_batch
 from qlora_dist.train.loop import Loop
 from qlora_dist.train.progress import Progress
@@ -143,6 +145,12 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
     blocks: list[Block] = []
     if config.model.fused == "always" or (config.model.fused == "auto" and worker.device.type == "cuda"):
         blocks = fuse(adapted, partial(note, "notice"), config.model.compute)
+    adapter_config = adapter_config_json(adapted)
+    adapter_settings = json.loads(adapter_config)
+    identity = agree(worker, run_identity(config, folder, train_table, adapter_settings) if lead else None)
+    islands = None
+    if config.aggregate.coordinator is not None:
+        islands = meet_islands(config, worker, identity, trainable_parameters(adapted))
     describe_model(note, adapted, config, dtype, folder)
     if config.activations == "offload":
         if worker.device.type == "cpu":
@@ -174,9 +182,6 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
     if kept is not None:
         note("memory", f"activations {kept}")
     del batch, batches, run, rehearsal
-    adapter_config = adapter_config_json(adapted)
-    adapter_settings = json.loads(adapter_config)
-    identity = agree(worker, run_identity(config, folder, train_table, adapter_settings) if lead else None)
     progress = Progress(loss_scale=LossScale.for_dtype(dtype))
     if resume_from is not None:
         progress = resume(Path(resume_from), strategy, identity, config.train.optim)
@@ -187,7 +192,7 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
 
     if lead:
         refuse_if_fenced(heartbeat)
-    loop = Loop(
+    parts: dict[str, Any] = dict(
         config=config, rank=worker.rank, world_size=worker.world_size, device=worker.device, model=model,
         strategy=strategy, schedule=build_schedule(config.train, total_steps), compute_dtype=dtype,
         pad_token_id=tokenizer.pad_token_id, order=order, train_table=train_table, eval_table=eval_table,
@@ -198,6 +203,11 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
         writer=BackgroundWriter(worker.run_dir, worker.client, generation) if lead else None,
         nodes=ranks_of_nodes(worker) if lead else {}, blocks=blocks, notice=partial(note, "notice"),
     )  # fmt: skip
+    loop = Loop(**parts)
+    if islands is not None:
+        resumed = read_snapshot(Path(resume_from)) if lead and resume_from is not None else None
+        agreed = partial(agree, worker)
+        loop = IslandLoop(**parts, **vars(islands), agree=agreed, whole_order=order, resumed=resumed)
     loop.run()
     finish(loop, worker, tokenizer, generation)
 
@@ -291,7 +301,7 @@ def finish(loop: Loop, worker: Worker, tokenizer: Any, generation: int) -> None:
             tell(
                 worker, generation, "notice", "no checkpoint has a finite held-out loss; the last adapter is the final"
             )
-    adapter = loop.strategy.full_adapter()
+    adapter = loop.full_adapter()
     if worker.rank == 0:
         refuse_if_fenced(loop.heartbeat)
         notes = {"compute": config.model.compute, "base": loop.identity["model.name"]}

@@ -61,6 +61,35 @@ AGGREGATION: dict[str, Mendable] = {
         "{second}",
         "use {mend}",
     ),
+    "island-differs": Mendable(
+        "this island has another {setting} than the one that began ({own} and {theirs})",
+        "give all islands the same model, data, adapter and seed, or this one a coordinator of its own",
+    ),
+    "island-taken-over": Mendable(
+        "another process speaks for island {island} now", "give every island a name of its own in aggregate.island"
+    ),
+    "island-address-form": Mendable(
+        "aggregate.coordinator is {coordinator}, which is no HOST:PORT and no run folder of a coordinator",
+        "write the address that `qlora-dist coordinate` shows, or its run folder",
+    ),
+    "island-token-missing": Mendable(
+        "the token of the coordinator at {coordinator} is not known here",
+        "set QLORA_DIST_TOKEN to the token in coordinator.json of the coordinator's run folder",
+    ),
+    "islands-under-launcher": Mendable(
+        "RANK and WORLD_SIZE are set by a launcher, and aggregate.islands is {islands}, all of which would start here",
+        "start `qlora-dist coordinate` once and each island with aggregate.coordinator and aggregate.island",
+    ),
+    "coordinator-port-taken": Mendable(
+        "port {port} of {host} cannot be bound ({error})", "name another with --port, or leave it out"
+    ),
+    "coordinate-without-islands": Mendable(
+        "aggregate.islands is 1, and there is nothing to coordinate", "set aggregate.islands to 2 or more"
+    ),
+    "islands-all-gone": Mendable(
+        "no island is left ({reason})",
+        "look at {logs}; the same command goes on from round {round}",
+    ),
     "aggregate-layer-missing": Mendable(
         "mean needs the same layers in all adapters, and {module} of {folder} is not in {other}",
         "use --method svd or cat, where a layer that is not there counts as an update of 0",

@@ -98,4 +98,28 @@ CONTRADICTIONS: dict[str, Mendable] = {
         "launch.address is for Ray but launch.backend is {backend}",
         "remove one of them",
     ),
+    "island-by-halves": Mendable(
+        "aggregate.{given} is set without aggregate.{missing}",
+        "set aggregate.coordinator and aggregate.island for an island of a coordinator, or neither",
+    ),
+    "svd-with": Mendable(
+        "aggregate.method is svd, the exact mean of the products, which does not go with {setting}",
+        "leave that out, or set aggregate.method to mean or diloco",
+    ),
+    "noise-without-clip-norm": Mendable(
+        "aggregate.noise is {noise}, which is measured in units of aggregate.clip_norm, and that is 0",
+        "set aggregate.clip_norm",
+    ),
+    "noise-with-robust": Mendable(
+        "aggregate.noise is measured by the shares of a mean, and aggregate.robust is {robust}",
+        "remove one of them",
+    ),
+    "overlap-every-step": Mendable(
+        "aggregate.overlap hides an exchange behind the steps of the next round, and aggregate.sync_every is 1",
+        "raise aggregate.sync_every, or set aggregate.overlap to false",
+    ),
+    "islands-with-best": Mendable(
+        "eval.{field} looks at one run's evaluations, and islands share one adapter between several",
+        "remove eval.{field}",
+    ),
 }

@@ -1,0 +1,460 @@
+"""The loop of an island: leases of packs in place of the whole order, and an exchange after each.
+
+The first rank talks to the coordinator; all ranks take the same decisions, from what it tells them.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import wait
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from qlora_dist.aggregate.changes import change_of, frozen_names, rebase
+from qlora_dist.checkpoint.format import Snapshot
+from qlora_dist.config.schema import AggregateConfig, RunConfig
+from qlora_dist.coordinate.client import HttpClient
+from qlora_dist.coordinate.outer_address import outer_address
+from qlora_dist.coordinate.ranges import Piece, as_ranges, first
+from qlora_dist.data.collate import loss_tokens
+from qlora_dist.data.order import GlobalOrder, LeasedOrder
+from qlora_dist.data.tokens import TokenTable
+from qlora_dist.optim.optimizers import zero_code
+from qlora_dist.optim.schedules import build_schedule
+from qlora_dist.shard.strategy import FullState
+from qlora_dist.train.context import Worker
+from qlora_dist.train.island import WAIT_S, Exchange, Island, Received, Told
+from qlora_dist.train.loop import Loop
+
+Agree = Callable[[Any], Any]
+# A coordinator that was killed is back by then.
+PATIENCE_S = 300.0
+
+
+@dataclass
+class IslandLoop(Loop):
+    """A loop that trains what the coordinator of islands leases.
+
+    Attributes:
+        island: the session, on rank 0; None on all others.
+        aggregate: the coordinator's settings, which hold for all islands.
+        agree: gives every rank rank 0's value.
+        whole_order: the run's order, of which leases are ranges; its batch is this island's.
+        fixed: parameters of the adapter that do not train.
+        resumed: the checkpoint that this attempt went on from, on rank 0.
+    """
+
+    island: Island | None = None
+    aggregate: AggregateConfig = field(default_factory=AggregateConfig)
+    agree: Agree = lambda value: value
+    whole_order: GlobalOrder = field(default_factory=lambda: GlobalOrder(1, 1))
+    fixed: dict[str, Tensor] = field(default_factory=dict)
+    resumed: Snapshot | None = None
+    # The adapter that the next change starts from: what was received last.
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    version: int = 0
+    islands: int = 1
+    lease_end: int = 0
+    # Loss-bearing tokens and loss of each step since the last contribution.
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    exchange: Exchange | None = None
+    exchanging: bool = False
+    sending: int | None = None
+    sent_adapter: dict[str, Tensor] = field(default_factory=dict)
+    arrived: bool = False
+    exposed_s: float = 0.0
+    exchange_s: float = 0.0
+    # Seconds of evaluations, which are no exchange's.
+    evaluation_s: float = 0.0
+    step_seconds: float = 0.0
+    contributed_step: int = 0
+    evaluate_next: bool = False
+    evaluated_version: int = -1
+    begun: bool = False
+    rate_at: Callable[[float], float] = lambda steps: 0.0
+
+    def train(self) -> None:
+        """Lease, train, exchange, until nothing is left to train or the island is asked to stop."""
+        self.model.train()
+        self.saved_step = self.progress.step
+        self.enter()
+        reason = "everything is trained"
+        while True:
+            lease = self.next_lease()
+            if lease["lease"] is None:
+                reason = "asked to stop" if lease["stop"] or self.asked_to_stop else reason
+                break
+            if lease["evaluates"] and self.version == 0 and not self.progress.step and self.config.eval.eval_on_start:
+                self.evaluate_version()
+            trained, tokens = self.train_lease(lease)
+            if self.exchanging:
+                self.take_result(wait_for_it=not self.asked_to_stop)
+            self.contribute(lease, trained, tokens)
+            if self.asked_to_stop:
+                reason = "asked to stop"
+                break
+            if not self.aggregate.overlap:
+                self.take_result()
+                if self.asked_to_stop:
+                    reason = "asked to stop"
+                    break
+                self.keep()
+        self.end(lease, reason)
+
+    def enter(self) -> None:
+        """Join, and go on from the current adapter; moments stay where the checkpoint is of about this version."""
+        island, begun = self.island, self.agree(None if self.island is None else self.begun)
+        if not begun:
+            adapter = self.full_adapter()
+            if island is not None:
+                config, packs = self.adapter_config_json, self.whole_order.num_packs
+                island.begin(adapter, self.identity, packs, config, self.config.model.compute)
+        told = None
+        if island is not None:
+            told = island.join(self.aggregate.exchange_bits, workers=self.world_size, device=self.device.type)
+        told = self.agree(told)
+        self.islands, self.total_steps = told["islands"], told["total_steps"]
+        self.contributed_step = self.progress.step
+        # transformers rounds no step, so that a share of one is as good.
+        self.rate_at = cast(Callable[[float], float], build_schedule(self.config.train, self.total_steps))
+        self.load_newest()
+        kept = self.resumed.state.get("island") if self.resumed is not None else None
+        good, same = False, False
+        if kept is not None:
+            # A checkpoint is made every so many rounds.
+            every = max(1, math.ceil(self.config.checkpoint.save_steps / self.aggregate.sync_every))
+            good, same = self.version - kept["version"] <= every, self.version == kept["version"]
+        if island is not None and same and self.resumed is not None:
+            island.encoder.load_state_dict(self.resumed.extra)
+        self.resumed = None
+        if self.progress.step and not self.agree(good):
+            self.notice("the moments of the checkpoint are too old for the islands' adapter and start from zero")
+            self.reset_moments(None)
+
+    def load_newest(self) -> None:
+        """Go on from the coordinator's current adapter, whatever this island has."""
+        received = self.agree(self.island.fetch() if self.island is not None else None)
+        if received is not None:
+            self.load(received)
+
+    def load(self, received: Received) -> None:
+        """Go on from `received`. All ranks call it together."""
+        if self.island is not None:
+            self.island.take(received)
+        self.version, self.shared = received.version, received.shared
+        self.fixed = {name: received.shared[name] for name in self.fixed}
+        self.strategy.load_adapter(dict(received.shared))
+        if received.reset and self.progress.step:
+            self.reset_moments(received.reset)
+
+    def reset_moments(self, names: Iterable[str] | None) -> None:
+        """Set the optimizer's moments of these parameters, or of all, to zero."""
+        state = self.strategy.full_state()
+        chosen = None if names is None else set(names)
+        for full_name, tensor in state.optimizer.items():
+            name, _, key = full_name.rpartition("|")
+            if tensor.dim() and (chosen is None or name in chosen):
+                is_code = tensor.dtype == torch.uint8 and hasattr(self.strategy.optimizer, "name2qmap")
+                tensor.fill_(zero_code(self.strategy.optimizer, key) if is_code else 0)
+        self.strategy.load_full_state(FullState(self.full_adapter(), state.optimizer, state.optimizer_scalars))
+
+    # Leases
+
+    def next_lease(self) -> dict[str, Any]:
+        """The next lease, waited for; {"lease": None} where none will come."""
+        packs = self.aggregate.sync_every * self.whole_order.global_batch_size
+        with self.exposed():
+            lease = self._ask_for_lease(packs)
+            if self.asked_to_stop:
+                # What was leased goes back when the island leaves.
+                lease["lease"] = None
+            if lease["lease"] is not None and not self.exchanging and lease["version"] != self.version:
+                self.load_newest()
+        return lease
+
+    def _ask_for_lease(self, packs: int) -> dict[str, Any]:
+        while True:
+            self.heartbeat.at(self.progress.step, "collective")
+            told = None
+            if self.island is not None:
+                told = self.island.lease(packs, self.sending)
+                told |= {"asked": self.heartbeat.stop_asked, "hold": self.heartbeat.hold_asked}
+            lease: dict[str, Any] = self.agree(told)
+            self.asked_to_stop |= lease["asked"]
+            if self.exchanging and (lease["lease"] is None or self.agree(self.has_arrived())):
+                # Without it there may be nothing to lease.
+                self.take_result(wait_for_it=lease["done"])
+            if lease["lease"] is not None or lease["done"] or lease["stop"] or self.asked_to_stop:
+                return lease
+            if lease["hold"]:
+                self.save()
+                self.hold()
+
+    @contextlib.contextmanager
+    def exposed(self) -> Iterator[None]:
+        """Time inside is what training waits for an exchange, but for evaluations; it may be nested."""
+        began, exposed_s, evaluation_s = time.monotonic(), self.exposed_s, self.evaluation_s
+        yield
+        self.exposed_s = exposed_s + time.monotonic() - began - (self.evaluation_s - evaluation_s)
+
+    def train_lease(self, lease: dict[str, Any]) -> tuple[list[list[int]], int]:
+        """Train a lease, or a part of it where the island is asked to stop.
+
+        Returns:
+            The ranges that were trained, and their loss-bearing tokens.
+        """
+        order = LeasedOrder.of(self.whole_order, lease["ranges"], self.islands)
+        self.order, self.progress.position = order, order.start
+        self.ahead.clear()
+        start = self.progress.step
+        self.lease_end = start + order.num_steps
+        self.set_schedule(lease, start, order)
+        self.interval_start = self.arrivals.now()
+        tokens = 0
+        while self.progress.step < self.lease_end and not (self.asked_to_stop and self.progress.step > start):
+            packs, _ = order.batch_at(self.progress.position)
+            self.take_step()
+            tokens += loss_tokens(self.train_table, packs)
+            if self.arrived and self.exchanging:
+                self.take_result()
+            if self.writer is not None:
+                self.writer.poll()
+            if self.asked_to_hold and not self.asked_to_stop:
+                self.save()
+                self.hold()
+        self.log()
+        pieces = first([Piece(*part) for part in lease["ranges"]], (self.progress.step - start) * self.batch_size)
+        return [list(part) for part in as_ranges(pieces)], tokens
+
+    @property
+    def batch_size(self) -> int:
+        """Packs a step of this island."""
+        return self.whole_order.global_batch_size
+
+    def set_schedule(self, lease: dict[str, Any], start: int, order: LeasedOrder) -> None:
+        """The learning rate follows the share of the run's packs that all islands together have trained.
+
+        Steps are those of the whole run: a round's packs are spread evenly over the islands that are there.
+        """
+        whole = self.islands * self.batch_size
+        before, together = lease["before"] / whole, lease["present"] * self.batch_size / whole
+        rate, most = self.rate_at, self.total_steps
+        self.schedule = lambda steps: rate(min(most, before + (steps - start) * together))
+
+    def goes_on(self) -> bool:
+        """See `Loop.goes_on`; a batch of the next lease is not known yet."""
+        return self.progress.step < self.lease_end
+
+    def votes(self) -> tuple[bool, ...]:
+        """See `Loop.votes`; and whether the adapter of the exchange under way is here."""
+        return (*super().votes(), self.has_arrived())
+
+    def heed(self, votes: Any) -> None:
+        """See `Loop.heed`."""
+        super().heed(votes)
+        self.arrived = bool(votes[2])
+
+    def write_records(self) -> None:
+        """See `Loop.write_records`; keeps the losses for the coordinator, too."""
+        self.losses += [(taken.loss_tokens, loss) for taken, loss, _ in self.unlogged if math.isfinite(loss)]
+        steps = len(self.unlogged)
+        super().write_records()
+        if steps and "seconds_per_step" in self.heartbeat.metrics:
+            self.step_seconds += self.heartbeat.metrics["seconds_per_step"] * steps
+
+    # Exchanges
+
+    def contribute(self, lease: dict[str, Any], trained: list[list[int]], tokens: int) -> None:
+        """Start sending what the lease has changed; without overlap nothing is trained until the result is here."""
+        told = self.measured(lease)
+        if self.exchange is not None:
+            # What rounding left out of that message goes into this one.
+            self.exchange.sent.result()
+            self.exchange.given_up.set()
+        with self.exposed():
+            self._contribute(lease, trained, tokens, told)
+
+    def _contribute(self, lease: dict[str, Any], trained: list[list[int]], tokens: int, told: Told) -> None:
+        adapter = self.strategy.full_adapter()
+        changed = sorted(adapter.keys() - self.fixed.keys())
+        # What an exchange under way has not brought yet, this change does not know of either.
+        start = self.sent_adapter if self.exchanging else self.shared
+        if self.island is not None:
+            change = change_of({name: adapter[name] for name in changed}, start)
+            self.exchange = self.island.exchange(lease, change, trained, tokens, told)
+        self.exchanging, self.arrived = True, False
+        self.sending, self.sent_adapter = lease["lease"], adapter
+
+    def measured(self, lease: dict[str, Any]) -> Told:
+        """What this lease was like, for the coordinator's report."""
+        self.evaluate_next = lease["evaluates"] and self.evaluation_due()
+        before = None
+        if self.evaluate_next and self.eval_table is not None:
+            before = self.timed_loss(self.eval_table)
+            if self.metrics is not None:
+                self.metrics.write(self.progress.step, eval_loss_before=before)
+        losses, self.losses = self.losses, []
+        steps, tokens = self.progress.step - self.contributed_step, sum(count for count, _ in losses)
+        told = Told(
+            steps=steps,
+            loss=sum(count * loss for count, loss in losses) / tokens if tokens else math.nan,
+            first_loss=losses[0][1] if losses else math.nan,
+            last_loss=losses[-1][1] if losses else math.nan,
+            seconds_per_step=self.step_seconds / max(1, steps),
+            exchange_seconds=self.exchange_s, exposed_seconds=self.exposed_s, eval_loss_before=before,
+        )  # fmt: skip
+        if self.metrics is not None:
+            self.metrics.write(
+                self.progress.step, exchange_seconds=self.exchange_s, exposed_seconds=self.exposed_s,
+                round=lease["round"],
+            )  # fmt: skip
+        self.contributed_step, self.step_seconds, self.exchange_s, self.exposed_s = self.progress.step, 0.0, 0.0, 0.0
+        return told
+
+    def evaluation_due(self) -> bool:
+        """Whether a multiple of `eval.eval_steps` lies between this contribution and the last one."""
+        every = self.config.eval.eval_steps
+        return self.eval_table is not None and every is not None and (
+            self.progress.step // every > self.contributed_step // every
+        )  # fmt: skip
+
+    def has_arrived(self) -> bool:
+        """Whether rank 0 has the adapter of the exchange under way, or its failure."""
+        return self.exchange is not None and self.exchange.received.done()
+
+    def take_result(self, wait_for_it: bool = True) -> None:
+        """Go on from what the exchange under way brings. All ranks call it together.
+
+        Args:
+            wait_for_it: where it is not here yet; else the exchange stays under way.
+        """
+        with self.exposed():
+            self._take_result(wait_for_it)
+            self.interval_start = self.arrivals.now()
+        if self.aggregate.overlap and not self.exchanging:
+            self.keep()
+
+    def _take_result(self, wait_for_it: bool) -> None:
+        while not self.agree(self.has_arrived()):
+            if not wait_for_it:
+                return
+            self.heartbeat.at(self.progress.step, "collective")
+            if self.exchange is not None:
+                wait([self.exchange.received], WAIT_S)
+            self.asked_to_stop |= self.agree(self.heartbeat.stop_asked)
+            if self.asked_to_stop:
+                wait_for_it = False
+        received: Received = self.agree(self.exchange.received.result() if self.exchange is not None else None)
+        now = self.strategy.full_adapter() if self.aggregate.overlap else {}
+        self.load(received)
+        if self.exchange is not None:
+            self.exchange_s += self.exchange.seconds
+        self.exchange, self.exchanging, self.arrived, self.sending = None, False, False, None
+        if self.evaluate_next:
+            self.evaluate_version()
+            self.evaluate_next = False
+        if self.aggregate.overlap:
+            self.strategy.load_adapter({**self.shared, **rebase(now, self.sent_adapter, self.shared)})
+
+    def evaluate_version(self) -> None:
+        """Measure the held-out loss of the adapter that all islands have."""
+        if self.eval_table is None or self.evaluated_version == self.version:
+            return
+        loss = self.timed_loss(self.eval_table)
+        self.evaluated_version = self.version
+        self.last_eval = (self.progress.step, loss)
+        self.progress.note_evaluation(loss, self.config.eval)
+        if self.metrics is not None:
+            self.metrics.write(self.progress.step, eval_loss=loss)
+        if self.island is not None:
+            self.island.evaluated(self.version, loss)
+
+    def timed_loss(self, table: TokenTable) -> float:
+        """The held-out loss of the adapter as it is."""
+        began = time.monotonic()
+        loss = self.held_out_loss(table)
+        self.evaluation_s += time.monotonic() - began
+        return loss
+
+    def keep(self) -> None:
+        """A checkpoint, where the last one is `checkpoint.save_steps` steps old."""
+        if self.progress.step - max(0, self.saved_step) >= self.config.checkpoint.save_steps:
+            self.save()
+
+    def end(self, lease: dict[str, Any], reason: str) -> None:
+        """The final adapter where there is one, a last checkpoint, and goodbye."""
+        if self.exchange is not None:
+            self.exchange.sent.result()
+        if lease["done"] and not self.asked_to_stop:
+            if self.exchanging:
+                self.take_result()
+            self.load_newest()
+            if lease["evaluates"]:
+                self.evaluate_version()
+        if self.exchange is not None:
+            self.exchange.given_up.set()
+        self.save()
+        if self.island is not None:
+            self.island.leave(reason)
+
+    # Checkpoints
+
+    def full_adapter(self) -> dict[str, Tensor]:
+        """See `Loop.full_adapter`; some strategies hold only what trains."""
+        return {**self.fixed, **self.strategy.full_adapter()}
+
+    def kept_state(self) -> dict[str, Any]:
+        """See `Loop.kept_state`."""
+        return {"island": {"version": self.version}}
+
+    def kept_tensors(self) -> dict[str, Tensor]:
+        """See `Loop.kept_tensors`: what rounding left out of this island's messages."""
+        return {} if self.island is None else self.island.encoder.state_dict()
+
+
+@dataclass(frozen=True)
+class Met:
+    """What an island knows when it has met the coordinator; fields of `IslandLoop`."""
+
+    island: Island | None
+    aggregate: AggregateConfig
+    begun: bool
+    fixed: dict[str, Tensor]
+
+
+def meet_islands(
+    config: RunConfig, worker: Worker, identity: dict[str, Any], adapter: Mapping[str, nn.Parameter]
+) -> Met:
+    """Introduce this island to the coordinator, and freeze the factor that its settings freeze. All ranks call it.
+
+    Args:
+        adapter: the adapter's parameters by PEFT's names.
+
+    Raises:
+        UserError: the coordinator's address or token is not known, or the other islands train something else.
+    """
+    island, told = None, None
+    if worker.rank == 0:
+        url, token = outer_address(config.aggregate.coordinator or "", worker.run_dir)
+        client = HttpClient(url, token, patience_s=max(PATIENCE_S, config.aggregate.round_deadline_s))
+        island = Island(client, config.aggregate.island or "", identity["model.name"], worker.device)
+        told = island.hello(identity)
+    box = [told]
+    if worker.world_size > 1:
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    assert box[0] is not None
+    aggregate = AggregateConfig.model_validate(box[0]["settings"])
+    return Met(island, aggregate, box[0]["begun"], freeze_factor(adapter, aggregate.freeze))
+
+
+def freeze_factor(adapter: Mapping[str, nn.Parameter], freeze: str) -> dict[str, Tensor]:
+    """Freeze one LoRA factor where `aggregate.freeze` says so; copies of what is frozen, on the CPU."""
+    frozen = sorted(frozen_names(adapter, "A")) if freeze == "A" else []
+    for name in frozen:
+        adapter[name].requires_grad_(False)
+    return {name: adapter[name].detach().to("cpu", copy=True) for name in frozen}

@@ -47,10 +47,14 @@ class PinnedMemory:
     def __init__(self, pinned: bool):
         self.pinned, self.taken = pinned, 0
         self.free: list[Slot] = []
+        # Whatever thread collects garbage may add to it, at any time.
+        self.returned: deque[Slot] = deque()
         self.rest = torch.empty(0, dtype=torch.uint8)
 
     def take(self, nbytes: int) -> Slot:
         """The smallest free slot of at least so many bytes, or a new one."""
+        while self.returned:
+            bisect.insort(self.free, self.returned.popleft(), key=lambda slot: slot.size)
         place = bisect.bisect_left(self.free, nbytes, key=lambda slot: slot.size)
         if place < len(self.free):
             return self.free.pop(place)
@@ -63,7 +67,7 @@ class PinnedMemory:
 
     def give(self, slot: Slot) -> None:
         """Let others have it; whoever takes it waits on the device for `slot.used`."""
-        bisect.insort(self.free, slot, key=lambda other: other.size)
+        self.returned.append(slot)
 
 
 class Kept:
@@ -162,10 +166,11 @@ class HostStore:
         return flat.set_(kept.back, stored.offset, tuple(stored.shape), tuple(stored.stride))
 
     def settle(self) -> None:
-        """Let go of what was under way for a graph that has been thrown away."""
+        """Let go of what is under way, for a graph that has been thrown away or another plan."""
         while self.leaving:
             self._let_go(self.leaving[0])
         self._stop_waiting()
+        self.largest_group = 0
 
     def _stop_waiting(self) -> None:
         for kept in self.coming:

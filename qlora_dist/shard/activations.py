@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from qlora_dist.model.host_store import MIN_BYTES, Stored, store_of
 from qlora_dist.shard.units import base_of
 
-# What is let go, and sent for, together, where layers do not say where they begin.
+# What is let go, and sent for, together, in a model whose layers nobody knows.
 GROUP_BYTES = 2**27
 
 
@@ -25,12 +25,24 @@ def offload_activations(model: nn.Module, min_bytes: int = MIN_BYTES) -> None:
     """
     base = base_of(model)
     forward: Callable[..., Any] = base.forward
+    classes = set(base._no_split_modules or ())
+    layers = [module for module in base.modules() if type(module).__name__ in classes]
+    begins = False
+
+    def begin(*_: Any) -> None:
+        nonlocal begins
+        begins = True
 
     def pack(tensor: Tensor) -> Tensor | Stored:
+        nonlocal begins
         store = store_of(tensor.device)
-        if store.group_bytes >= GROUP_BYTES:
+        if begins or (not layers and store.group_bytes >= GROUP_BYTES):
             store.begin_layer()
+            begins = False
         return store.pack(tensor, min_bytes)
+
+    for layer in layers:
+        layer.register_forward_pre_hook(begin)
 
     @wraps(forward)
     def offloading(*args: Any, **kwargs: Any) -> Any:

@@ -359,6 +359,8 @@ def _keeps_all(choices: Sequence[Choice]) -> bool:
 
 
 def _use(blocks: Sequence[Block], choices: Sequence[Choice]) -> str:
+    # How much may be under way is this plan's.
+    settle_all()
     for block, choice in zip(blocks, choices, strict=True):
         block.set_plan(Plan(**{kind: kind in choice for kind in (*KINDS, *HOST_KINDS)}))
     return describe(choices)

@@ -273,7 +273,14 @@ def test_what_is_needed_next_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> N
             assert [n for n, here in enumerate(there) if here] == list(range(max(0, min(number - 1, 4)), number + 1))
         del stored[number], one
     assert not store.coming
-    assert len(store.memory.free) == 12
+    # A plan whose layers send less has less under way than the one before it.
+    store.settle()
+    small = []
+    for _ in range(4):
+        store.begin_layer()
+        small.append(store.put(torch.zeros(1)))
+    assert [one.kept.source is None for one in small] == [True, True, False, False]
+    assert len(store.memory.free) + len(store.memory.returned) + len(small) == 12
 
 
 @pytest.mark.parametrize(

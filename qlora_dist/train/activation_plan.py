@@ -44,6 +44,8 @@ class OutOfRoom(Exception):
 
 # What is left to the allocator's rounding and to what the rehearsal did not see, such as a library's workspaces.
 MARGIN_SHARE, MARGIN_BYTES = 0.03, 2**28
+# And for a second plan of a single worker, whose rehearsal has been seen, and which can go on if memory runs out.
+CLOSE_SHARE, CLOSE_BYTES = 0.015, 2**26
 # Of the memory there is, the most that logits may take at a time, as a divisor.
 LOGITS_SHARE = 40
 # What the room of a plan that took too much shrinks by, as a share of it and of the memory there is; attempts in all.
@@ -235,6 +237,7 @@ def _rehearsed(
 
     A single worker gives what its rehearsal leaves to another, larger plan: an error there costs nothing.
     """
+    close = allowed + limit * (MARGIN_SHARE - CLOSE_SHARE) + MARGIN_BYTES - CLOSE_BYTES
     fitting: tuple[Placed, float] | None = None
     for _ in range(ATTEMPTS):
         placed = place(costs, inputs, room, link, kinds)
@@ -248,7 +251,7 @@ def _rehearsed(
                 return fitting
             room -= SHRINK * abs(room) + SHRINK_OF_LIMIT * limit
             continue
-        slack = allowed - peak
+        slack = close - peak
         if not rehearsal.alone or fitting is not None or slack <= 0:
             return placed, peak
         fitting, room = (placed, peak), placed.size + slack

@@ -200,8 +200,9 @@ finish_up() {
     how=$(ask state "$RUN_DIR" "$STARTED")
     say "exit code $code, the run is $how"
     take_down
-    if [[ $how != finished && $code != 2 ]]; then
-        if [[ $NOTICE == USR1 ]]; then
+    if [[ $how != finished ]]; then
+        # 2 is for what a person can mend, and for a Ray run that waited in vain for the workers of a lost node.
+        if [[ $NOTICE == USR1 && $code != 2 ]]; then
             why="Slurm gave notice"
         elif ((code != 0)) && [[ -z $NOTICE ]] && ! nodes_answer; then
             why="a node is lost"

@@ -10,7 +10,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +113,9 @@ class Slurm:
         """Start a node's slurmd."""
         self._start(name, "slurmd", "-D", "-N", name, **{NODE_VARIABLE: name})
 
-    def kill_node(self, name: str) -> None:
-        """SIGKILL a node's slurmd and everything on the node, all at once as a power cut would."""
-        for process in [p for p in self._ours() if _on_node(p) == name]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+    def kill_node(self, name: str, power: bool) -> None:
+        """SIGKILL a node's slurmd and the tasks on the node; with `power`, also what would tell Slurm of the tasks."""
+        _kill(lambda: [p for p in self._ours() if _on_node(p) == name and (power or not _tells_slurm(p))])
         self.daemons.pop(name).wait()
 
     def close(self) -> None:
@@ -125,9 +123,7 @@ class Slurm:
         if "slurmctld" in self.daemons:
             self.command("scancel", "--full", "--state=RUNNING", check=False)
             self.command("scancel", "--state=PENDING", check=False)
-        for process in self._ours():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        _kill(self._ours)
         for daemon in self.daemons.values():
             daemon.wait()
 
@@ -198,17 +194,38 @@ class Slurm:
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:
-    """A process's environment; {} of one that is gone, or a zombie."""
+    """A process's environment; {} of one that is gone, or a zombie.
+
+    Not psutil's: slurmstepd writes its title over the beginning, after which psutil finds nothing.
+    """
     try:
-        return {} if process.status() == psutil.STATUS_ZOMBIE else process.environ()
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        block = Path(f"/proc/{process.pid}/environ").read_bytes()
+    except OSError:
         return {}
+    pairs = (part.decode(errors="replace").partition("=") for part in block.split(b"\0"))
+    return {name: value for name, is_pair, value in pairs if is_pair}
+
+
+def _kill(find: Callable[[], list[psutil.Process]]) -> None:
+    """Until nothing is found: what is killed may have started something else meanwhile."""
+    deadline = time.monotonic() + 20
+    while (found := find()) and time.monotonic() < deadline:
+        for process in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(0.05)
 
 
 def _on_node(process: psutil.Process) -> str | None:
     variables = _environment(process)
     # Tasks have Slurm's own variable, slurmd and what it starts the tests'.
     return variables.get("SLURMD_NODENAME", variables.get(NODE_VARIABLE))
+
+
+def _tells_slurm(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name() == "slurmstepd"
+    return False
 
 
 def _path() -> str:

@@ -1,4 +1,4 @@
-"""`start_ray` of slurm/job.sh, with commands in place of Slurm's and of Python: who ends first, and what is said."""
+"""Parts of slurm/job.sh, with commands in place of Slurm's and of Python: who ends first, what is said and asked."""
 
 import os
 import subprocess
@@ -21,7 +21,11 @@ def start_ray(folder: Path, step: str, waiter: str) -> tuple[int, str, float]:
     Args:
         step, waiter: what `srun` and `wait-ray` do.
     """
-    commands = {"bin/srun": step, "bin/squeue": "", "venv/bin/python": WAITER + waiter}
+    return run(folder, SCRIPT, {"bin/srun": step, "bin/squeue": "", "venv/bin/python": WAITER + waiter})
+
+
+def run(folder: Path, script: str, commands: dict[str, str]) -> tuple[int, str, float]:
+    """The same for any script; `commands`: path -> what it does."""
     for name, body in commands.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"#!/bin/bash\n{body}")
@@ -35,7 +39,7 @@ def start_ray(folder: Path, step: str, waiter: str) -> tuple[int, str, float]:
     }  # fmt: skip
     began = time.monotonic()
     done = subprocess.run(
-        ["bash", "-c", SCRIPT], env=variables, cwd=folder, text=True, timeout=60,
+        ["bash", "-c", script], env=variables, cwd=folder, text=True, timeout=60,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     return done.returncode, done.stdout, time.monotonic() - began
@@ -61,3 +65,17 @@ def test_a_step_that_ends_at_once(tmp_path: Path, step: str) -> None:
     assert "the nodes' step ended before they had joined a Ray cluster; see " in out
     assert seconds < 10
     assert not psutil.pid_exists(int((tmp_path / "waiter").read_text()))
+
+
+@pytest.mark.parametrize("code", [1, 2])
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_lost_node_is_a_requeue_whatever_the_run_said_of_it(tmp_path: Path, lost: bool, code: int) -> None:
+    """A Ray run that waits in vain for the workers of a lost node ends with code 2, as after a mistake of a person."""
+    script = f'source "$QLORA_DIST_HOME/slurm/common.sh"; prepare; RUN_DIR=run; finish_up {code}'
+    commands = {
+        "bin/srun": f"exit {int(lost)}\n", "bin/squeue": "[[ $* != *%T* ]] || echo RUNNING\n",
+        "bin/scontrol": 'echo "asked: $*"\n', "venv/bin/python": "echo failed\n",
+    }  # fmt: skip
+    ended, out, _ = run(tmp_path, script, commands)
+    assert ended == (0 if lost else code), out
+    assert ("asked: requeue 7" in out) == ("a node is lost: requeued" in out) == lost

@@ -29,7 +29,8 @@ def slow_link(found: dict[str, Any]) -> str:
     cable, of_ddp = found["cable"], found["of_ddp"]
     lines = [
         f"{found['mbit']:g} Mbit/s (one TCP connection: {cable['tcp_mbit_per_s']:.0f}), round trip "
-        f"{cable['round_trip_ms']:.0f} ms, {found['cores']} CPU cores ({found['cpu']}):",
+        f"{cable['round_trip_ms']:.0f} ms, {found['cores']} CPU cores ({found['cpu']}); DDP's gradients alone take "
+        f"{found['ddp_cable_alone_s']:.0f} s on that link:",
         "",
         "| side | wall time, s | of DDP's | step, s | MB over the link, each way | held-out loss, before and after |",
         "|---|---|---|---|---|---|",

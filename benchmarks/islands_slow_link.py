@@ -6,7 +6,8 @@ Two network namespaces joined by a slow cable (slow_link.py), one worker or isla
 exchanged is one adapter of 84 MB in float32, the size of a real model's, made by its rank over a tiny base, so that a
 step is short. DDP (gloo) sums its gradients over the cable each step; the islands' coordinator is at the first
 namespace, so that the second island's messages cross the cable, both ways, every `sync_every` steps. A wall time is
-that of the whole command, from its start to its end; training alone is told beside it.
+that of the whole command, from its start to its end; training alone is told beside it, and how long DDP's gradients
+take on the cable alone (`ddp_cable_alone_s`), which no faster computer would save.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import psutil
 
 from benchmarks.islands_figures import last_summary, parameters_of
 from benchmarks.slow_link import SlowCable, slow_cable
+from qlora_dist.aggregate.measures import ring_all_reduce_bytes
 from qlora_dist.bench import document
 from qlora_dist.track.metrics import read_metrics
 from tests.cluster.faults import REPOSITORY
@@ -86,7 +88,7 @@ class Side:
             self.start(0, "coordinate", *words, *place, "--host", address, "--port", str(COORDINATOR_PORT)),
         ]
         for node in range(2):
-            joins = [f"aggregate.coordinator={address}:{COORDINATOR_PORT}", f"aggregate.island={node}"]
+            joins = [f"aggregate.coordinator={address}:{COORDINATOR_PORT}", f"aggregate.island=node-{node}"]
             started.append(self.start(node, "train", *words, *joins, f"output_dir={self.folder / f'island-{node}'}"))
         return started
 
@@ -183,6 +185,10 @@ def main() -> None:
             document.write(arguments.out, found)
             print(json.dumps({key: value for key, value in record.items() if key != "summary"}), flush=True)
     found["of_ddp"] = shares(found["records"])
+    for record in found["records"]:
+        if record["name"] == "ddp":
+            sent = record["steps_a_worker"] * ring_all_reduce_bytes(4 * record["parameters"], 2)
+            found["ddp_cable_alone_s"] = 8 * sent / (1e6 * arguments.mbit)
     document.write(arguments.out, found)
     print(json.dumps(found["of_ddp"], indent=1))
 

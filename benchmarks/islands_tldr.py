@@ -5,13 +5,13 @@
     python -m benchmarks.islands_tldr --show benchmarks/results/islands_tldr.json
 
 The first gathers what a machine without a network needs: the rows, and the model's file in two parts. The second
-trains what is not in the JSON yet, several runs at a time on one GPU, and the third draws the table and the plot again.
+trains what is not in the JSON yet, several runs at a time, and the third draws the table and the plot again.
 
-Islands are processes that share the GPU and exchange through the coordinator's service on this machine. DDP with N
-workers is one worker with N times the batch: the loss of a step is that of the whole global batch, so the numbers are
-those of N workers up to the order of sums. Its bytes are those of a ring all-reduce. All runs of N islands and their
-DDP take the same packs in the same number of steps, with the same learning rate. Every adapter is judged by stock
-transformers and PEFT: the mean loss a response token over all of test.jsonl.
+A run has one GPU: its islands are processes that share it, and exchange through the coordinator's service on this
+machine. DDP with N workers is one worker with N times the batch: the loss of a step is that of the whole global batch,
+so the numbers are those of N workers up to the order of sums. Its bytes are those of a ring all-reduce. All runs of N
+islands and their DDP take the same packs in the same number of steps, with the same learning rate. Every adapter is
+judged by stock transformers and PEFT: the mean loss a response token over all of test.jsonl.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def sweep() -> list[Point]:
     for islands, (steps, sync) in TIMES.items():
         for rate in ("5e-4", "1e-3", "2e-3"):
             made.append(Point("ddp", islands, steps, sync, 0, overrides=(f"train.learning_rate={rate}",)))
-        for rate, momentum in ((0.7, 0.9), (0.7, 0.5), (1.0, 0.5), (0.7, 0.7)):
+        for rate, momentum in ((0.7, 0.9), (0.7, 0.5), (1.0, 0.5), (1.0, 0.7)):
             outer = (f"aggregate.outer_learning_rate={rate}", f"aggregate.outer_momentum={momentum}")
             made.append(Point("diloco", islands, steps, sync, 0, overrides=outer))
     return made
@@ -143,23 +143,32 @@ class Run:
     folder: Path
     process: subprocess.Popen[bytes]
     started: float
+    gpu: int
 
     @classmethod
-    def start(cls, point: Point, folder: Path, base: Path, data: Path, extra: Sequence[str], batch: int) -> "Run":
-        """Start the command, its output in the folder."""
+    def start(
+        cls, point: Point, folder: Path, base: Path, data: Path, extra: Sequence[str], batch: int, gpu: int
+    ) -> "Run":
+        """Start the command on one GPU, its output in the folder."""
         folder.mkdir(parents=True)
         words = [sys.executable, "-m", "qlora_dist.cli", "train", str(SETTINGS), f"output_dir={folder / 'run'}"]
         words += [f"model.name={base}", f"data.train={data / 'train.jsonl'}", f"data.eval={data / 'test.jsonl'}"]
         words += [*point.settings(batch), *extra]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment |= {"CUDA_VISIBLE_DEVICES": str(gpu)}
         with (folder / "output.txt").open("wb") as output:
             process = subprocess.Popen(words, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
-        return cls(point, folder, process, time.monotonic())
+        return cls(point, folder, process, time.monotonic(), gpu)
 
     def tail(self) -> str:
         """The last lines of what it and its islands have printed."""
         files = [self.folder / "output.txt", *sorted((self.folder / "run").glob("logs/*/*.log"))]
         return "\n".join("\n".join(file.read_text(errors="replace").splitlines()[-15:]) for file in files)
+
+
+def freest_gpu(running: Sequence[Run], gpus: int) -> int:
+    """The GPU that the fewest processes train on."""
+    return min(range(gpus), key=lambda gpu: sum(run.point.processes for run in running if run.gpu == gpu))
 
 
 class Judge:
@@ -215,7 +224,8 @@ def run_all(
                     print(f"no time for {len(waiting)} more runs", flush=True)
                     waiting.clear()
                 elif waiting and (not running or busy + waiting[0].processes <= processes):
-                    running.append(Run.start(waiting.pop(0), place, base, data, extra, batch))
+                    gpu = freest_gpu(running, max(1, found["gpus"]))
+                    running.append(Run.start(waiting.pop(0), place, base, data, extra, batch, gpu))
                 for run in [run for run in running if run.process.poll() is not None]:
                     running.remove(run)
                     seconds = time.monotonic() - run.started
@@ -254,7 +264,9 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=2, help="packs a step and island")
     parser.add_argument("--only", nargs="*", help="points whose names contain one of these")
     parser.add_argument("--times", type=json.loads, help='other steps and sync_every: {"2": [6, 3], "4": [6, 3]}')
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that train at a time")
+    parser.add_argument(
+        "--processes", type=int, help="that train at a time; 8 a GPU, and one a core at most, where unset"
+    )
     parser.add_argument("--limit-s", type=float, default=540.0, help="nothing is started that would end later")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/islands_tldr.json"))
     arguments = parser.parse_args()
@@ -276,10 +288,11 @@ def main() -> int:
         arguments.out, resume=True, what=WHAT, base=f"{Path(arguments.model).name}, NF4 with double quantisation",
         settings=SETTINGS.read_text(), cpu_cores=os.cpu_count(),
     )  # fmt: skip
+    processes = arguments.processes or min(os.cpu_count() or 1, 8 * max(1, found["gpus"]))
     base = resolve_base(ModelConfig(name=arguments.model))
     failures = list(
         run_all(
-            todo, found, arguments.out, base, data, arguments.extra, arguments.batch, arguments.processes,
+            todo, found, arguments.out, base, data, arguments.extra, arguments.batch, processes,
             arguments.limit_s,
         )
     )  # fmt: skip

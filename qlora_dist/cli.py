@@ -22,6 +22,7 @@ from qlora_dist.config.load import load_config, to_yaml, with_absolute_paths
 from qlora_dist.config.redact import redact
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.submit_cli import app as submit_app
+from qlora_dist.track.island_lines import round_text
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Distributed QLoRA fine-tuning.")
 config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
@@ -255,7 +256,10 @@ def show_status(state: dict[str, Any], console: Console) -> None:
     if facts:
         console.print(", ".join(facts), highlight=False)
     last = state.get("last_checkpoint")
-    console.print(f"last checkpoint: {last['folder'] if last else 'none yet'}", highlight=False)
+    if state.get("rounds") is None:
+        console.print(f"last checkpoint: {last['folder'] if last else 'none yet'}", highlight=False)
+    else:
+        show_rounds(state["rounds"], console)
     for restart in state.get("restarts", []):
         console.print(
             f"{'resized' if restart['planned'] else 'restarted'} after attempt {restart['generation']}, "
@@ -274,6 +278,27 @@ def show_status(state: dict[str, Any], console: Console) -> None:
                 f"{memory / 2**30:.1f} GiB" if memory else "-", f"{age:.0f} s ago" if age is not None else "-",
             )  # fmt: skip
         console.print(table)
+
+
+def show_rounds(rounds: dict[str, Any], console: Console) -> None:
+    """Print where a run of islands stands."""
+    last, packs = rounds["last"], rounds["packs"]
+    console.print(
+        f"{rounds['round']} rounds committed, {rounds['packs_trained']} of {packs} packs trained, "
+        f"{rounds['packs_dropped']} dropped", highlight=False,
+    )  # fmt: skip
+    if last is not None:
+        console.print(f"last round: {round_text(last | {'missed': []})}", highlight=False, markup=False, soft_wrap=True)
+    table = Table("island", "does", "last contribution", box=None)
+    counted = {entry["island"]: entry for entry in (last or {}).get("counted", [])}
+    for name, does in rounds["islands"].items():
+        entry = counted.get(name)
+        told = f"{entry['packs']} packs, {entry['tokens']:,} tokens" if entry else "not in the last round"
+        table.add_row(name, does, told)
+    console.print(table)
+    for refusal in rounds["refusals"]:
+        text = f"refused: {refusal['reason']}"
+        console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _or_dash(value: object) -> str:

@@ -18,6 +18,8 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qlora_dist.aggregate.changes import frozen_names
 from qlora_dist.aggregate.exchange import Message, as_contribution, decode
 from qlora_dist.aggregate.measures import divergence
@@ -27,6 +29,7 @@ from qlora_dist.aggregate.round_files import (
     CONTRIBUTIONS,
     ROUNDS,
     Version,
+    digest,
     read_version,
     sweep,
     take_contribution,
@@ -58,6 +61,8 @@ MESSAGES = frozenset(
 MOST_WAIT_S = 20.0
 TICK_S = 0.5
 STATUS_EVERY_S = 2.0
+# After which another island is asked for the adapter to start from.
+BEGINNER_S = 120.0
 # Of what an island trains with, what may differ from the others'.
 OWN = {"train.global_batch_size"}
 
@@ -84,6 +89,10 @@ class OuterCoordinator:
         self.messages: dict[int, Message] = {}
         self.changed = threading.Condition()
         self.changes = 0
+        # The round that is being aggregated.
+        self.closing: int | None = None
+        # Who was asked for the adapter to start from, and when.
+        self.beginner = ("", -1e9)
         self.heard_time = time.monotonic()
         self.status_time = -1e9
         with self.decisions.deciding() as run:
@@ -132,8 +141,7 @@ class OuterCoordinator:
             identity: what decides over what is trained, by setting (`train.identity.run_identity`).
 
         Returns:
-            {"begun": whether there is an adapter to start from; the first island's own becomes it, "settings":
-            `aggregate` of the coordinator's configuration, which holds for all}.
+            {"settings": `aggregate` of the coordinator's configuration, which holds for all}.
 
         Raises:
             UserError: the other islands train something else.
@@ -144,55 +152,69 @@ class OuterCoordinator:
             for name, value in begun["identity"].items():
                 if name not in OWN and identity.get(name) != value:
                     raise UserError("island-differs", setting=name, theirs=value, own=identity.get(name))
-        return {"begun": begun is not None, "settings": self.config.aggregate.model_dump(mode="json")}
+        return {"settings": self.config.aggregate.model_dump(mode="json")}
 
-    def begin(self, file: str, identity: dict[str, Any], num_packs: int, adapter_config: str, compute: str) -> Answer:
-        """The first island brings what all start from; whoever comes second finds it there.
+    def begin(self, island: str, start: str, **what: Any) -> Answer:
+        """An island offers its adapter for all to start from.
+
+        One is asked to send it, the others wait until it is there; whoever has the same need not fetch it.
 
         Args:
-            file: an `adapter` message that was sent before, 32 bits.
-            num_packs: of an epoch.
-            adapter_config: the adapter's JSON.
-                compute: `model.compute`, for the adapter's notes.
+            start: the adapter's digest (`round_files.digest`).
+            what: nothing, or the adapter: `file`, an `adapter` message that was sent before, 32 bits, without tensors
+                of zeros; `zeros`, their shapes by name; `identity`; `num_packs` of an epoch; `adapter_config`, its
+                JSON; `compute`, for the adapter's notes.
 
         Returns:
-            {"missing": True where the file has to be sent again}.
+            {"begun": whether there is an adapter to start from, "send": whether this island is to send its own}.
         """
         with self.decisions.deciding() as run:
-            path = self.run_dir / CONTRIBUTIONS / file
-            if run.begun is None:
+            if run.begun is None and what:
+                path = self.run_dir / CONTRIBUTIONS / what["file"]
                 if not path.exists():
-                    return {"missing": True}
-                message = decode(path.read_bytes())
-                if message.header.kind != "adapter" or message.bits != 32:
-                    raise ValueError("islands begin with a whole adapter of 32 bits")
-                notes = {"base": message.header.base, "compute": compute}
-                self.version = write_version(
-                    self.run_dir, None, message.tensors, OuterState(), (), 32, message.header.base,
-                    adapter_config.encode(), notes,
-                )  # fmt: skip
-                config, batch = self.config, self.config.aggregate.islands * self.config.global_batch_size
-                steps = config.train.max_steps
-                packs = steps * batch if steps else math.ceil((config.train.num_train_epochs or 1.0) * num_packs)
-                begun = self.decisions.decide(
-                    "islands_begun", base=message.header.base, identity=identity, num_packs=num_packs, packs=packs,
-                    total_steps=math.ceil(packs / batch), adapter_config=json.loads(adapter_config), notes=notes,
-                    folder=self.version.folder, sha256=self.version.sha256,
-                    parameters=sum(self.version.exact[name].numel() for name in self._trained()),
-                )  # fmt: skip
-                self.report.begin(begun, run.rounds)
-            path.unlink(missing_ok=True)
+                    return {"begun": False, "send": True}
+                self._begin(run, start, path.read_bytes(), **what)
+                path.unlink(missing_ok=True)
+            begun, now = run.begun is not None, time.monotonic()
+            send = not begun and (self.beginner[0] == island or now > self.beginner[1] + BEGINNER_S)
+            if send and self.beginner[0] != island:
+                self.beginner = (island, now)
         self._tell_change()
-        return {"missing": False}
+        return {"begun": begun, "send": send}
+
+    def _begin(
+        self, run: Run, start: str, data: bytes, file: str, zeros: dict[str, list[int]], identity: dict[str, Any],
+        num_packs: int, adapter_config: str, compute: str,
+    ) -> None:  # fmt: skip
+        message = decode(data)
+        base = message.header.base
+        adapter = message.tensors | {name: torch.zeros(shape) for name, shape in zeros.items()}
+        if message.header.kind != "adapter" or message.bits != 32 or digest(adapter) != start:
+            raise ValueError("islands begin with a whole adapter of 32 bits, which is what its digest says")
+        notes = {"base": base, "compute": compute}
+        config_json = json.dumps(json.loads(adapter_config), indent=2).encode()
+        version = write_version(self.run_dir, None, adapter, OuterState(), (), 32, base, config_json, notes)
+        config, batch = self.config, self.config.aggregate.islands * self.config.global_batch_size
+        steps = config.train.max_steps
+        packs = steps * batch if steps else math.ceil((config.train.num_train_epochs or 1.0) * num_packs)
+        with self.decisions.memory:
+            self.version = version
+            begun = self.decisions.decide(
+                "islands_begun", base=base, identity=identity, num_packs=num_packs, packs=packs, start=start,
+                total_steps=math.ceil(packs / batch), adapter_config=json.loads(adapter_config), notes=notes,
+                folder=version.folder, sha256=version.sha256,
+                parameters=sum(version.exact[name].numel() for name in self._trained()),
+            )  # fmt: skip
+        self.report.begin(begun, run.rounds)
 
     def join(self, island: str, session: str, facts: dict[str, Any]) -> Answer:
-        """See `island_messages.join`; also {"packs", "num_packs", "total_steps", "islands"}: of the whole run."""
+        """See `island_messages.join`; also {"packs", "num_packs", "total_steps", "islands", "start"}: of the run."""
         with self.decisions.deciding() as run:
             begun = self._begun(run)
             decision = say.join(run.rounds, self._terms(run), island, session, time.time(), **facts)
             self._decide(decision)
         self._tell_change()
-        told = {key: begun[key] for key in ("packs", "num_packs", "total_steps")}
+        told = {key: begun[key] for key in ("packs", "num_packs", "total_steps", "start")}
         return {**decision.answer, **told, "islands": self.config.aggregate.islands}
 
     def lease(self, island: str, session: str, packs: int, sending: int | None = None, wait_s: float = 0.0) -> Answer:
@@ -212,6 +234,9 @@ class OuterCoordinator:
                     answer |= {"round": None, "ranges": [], "refused": None, "seconds_left": None}
                 else:
                     decision = say.lease(run.rounds, terms, island, session, packs, time.time(), sending)
+                    if self.closing == decision.answer["round"] and decision.events:
+                        # What is leased for a round that is being closed would come too late for it.
+                        decision = Decision([], decision.answer | {"lease": None, "round": None, "ranges": []})
                     self._decide(decision)
                     answer = decision.answer
                 present = sorted(name for name, one in run.rounds.islands.items() if one.present)
@@ -371,8 +396,11 @@ class OuterCoordinator:
                     why = run.rounds.due(terms, time.time())
                     collected = run.rounds.collect()
                     over = run.rounds.finished(terms.packs) or (run.stop is not None and not _anybody(run.rounds))
+                    self.closing = run.rounds.round if why is not None else None
             if why is not None:
                 self._close_round(why, collected)
+                self.closing = None
+                self._tell_change()
                 continue
             if run.begun is not None and over:
                 return self._finish()

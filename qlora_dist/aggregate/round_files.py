@@ -43,7 +43,7 @@ class Version:
         shared: what islands hold of it; `exact` itself at 32 bits.
         residual: of the messages to islands (`exchange.Encoder`).
         folder: its name in rounds/.
-        sha256: of the adapter's weights file.
+        sha256: the adapter's digest.
     """
 
     exact: Tensors
@@ -95,7 +95,15 @@ def write_version(
     _write(folder / OUTER, safetensors.torch.save(outer))
     for path in (folder / ADAPTER, folder, folder.parent):
         fsync_folder(path)
-    return Version(dict(exact), shared, state, residual, name, hashlib.sha256(weights).hexdigest())
+    return Version(dict(exact), shared, state, residual, name, digest(exact))
+
+
+def digest(adapter: Mapping[str, Tensor]) -> str:
+    """64 hexadecimal digits that differ where a bit of an adapter does.
+
+    A weights file's own checksum would not do: safetensors writes its metadata in any order.
+    """
+    return hashlib.sha256(safetensors.torch.save({n: t.contiguous() for n, t in adapter.items()})).hexdigest()
 
 
 def read_version(run_dir: Path, name: str) -> Version:
@@ -105,13 +113,12 @@ def read_version(run_dir: Path, name: str) -> Version:
         FileNotFoundError, SafetensorError: its folder is not whole.
     """
     folder = run_dir / ROUNDS / name
-    weights = (folder / ADAPTER / WEIGHTS).read_bytes()
-    exact = safetensors.torch.load(weights)
+    exact = safetensors.torch.load((folder / ADAPTER / WEIGHTS).read_bytes())
     shared = safetensors.torch.load((folder / SHARED).read_bytes()) if (folder / SHARED).exists() else dict(exact)
     outer = safetensors.torch.load((folder / OUTER).read_bytes())
     residual = {n.removeprefix(RESIDUAL): tensor for n, tensor in outer.items() if n.startswith(RESIDUAL)}
     state = OuterState.load_state_dict({n: tensor for n, tensor in outer.items() if not n.startswith(RESIDUAL)})
-    return Version(exact, shared, state, residual, name, hashlib.sha256(weights).hexdigest())
+    return Version(exact, shared, state, residual, name, digest(exact))
 
 
 def whole_message(run_dir: Path, version: Version, base: str) -> Path:

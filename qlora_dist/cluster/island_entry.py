@@ -3,7 +3,7 @@
 import os
 import sys
 
-from qlora_dist.cluster.worker_entry import end_with_parent
+from qlora_dist.cluster.parent import end_with_parent
 from qlora_dist.config.redact import redact
 from qlora_dist.config.schema import RunConfig
 

@@ -32,6 +32,7 @@ from qlora_dist.coordinate.stop import ask_at_once
 
 ROLE_VARIABLE = "QLORA_DIST_ROLE"
 CONFIG_VARIABLE = "QLORA_DIST_CONFIG"
+PARENT_VARIABLE = "QLORA_DIST_PARENT"
 COORDINATOR, ISLANDS = "coordinator", "islands"
 POLL_S = 0.2
 # For the coordinator to say where it is; it imports torch.
@@ -168,6 +169,7 @@ class Group:
         environment = os.environ | {
             ROLE_VARIABLE: COORDINATOR if child is self.coordinator else "island",
             CONFIG_VARIABLE: child.config.model_dump_json(),
+            PARENT_VARIABLE: str(os.getpid()),
         }
         if child.devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = child.devices

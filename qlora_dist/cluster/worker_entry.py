@@ -1,13 +1,12 @@
 """What our torchrun starts: `python -m qlora_dist.cluster.worker_entry RUN_DIR ATTEMPT MODULE:FUNCTION`."""
 
-import ctypes
 import os
-import signal
 import sys
 from pathlib import Path
 
 from qlora_dist.cluster.address_file import read_address
 from qlora_dist.cluster.output import rank_log, send_output_to
+from qlora_dist.cluster.parent import end_with_parent
 from qlora_dist.cluster.process import choose_device, import_function
 from qlora_dist.cluster.torchrun import CONFIG_VARIABLE, FENCED, KEY_VARIABLE
 from qlora_dist.config.errors import UserError
@@ -15,8 +14,6 @@ from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.client import Fenced, HttpClient
 from qlora_dist.coordinate.rundir import read_run
 from qlora_dist.train.context import Worker
-
-PR_SET_PDEATHSIG = 1
 
 
 def main(run_dir: Path, attempt: int, train_name: str) -> int:
@@ -50,12 +47,6 @@ def main(run_dir: Path, attempt: int, train_name: str) -> int:
         return FENCED
     # Anything but 0 makes torch's agent end the other ranks, which may not have noticed yet.
     return 2 if client.call("outcome")["kind"] == "user" else 0
-
-
-def end_with_parent() -> None:
-    """Have Linux kill this process when the launcher dies: a killed launcher cannot end its workers itself."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

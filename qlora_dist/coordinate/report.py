@@ -73,8 +73,8 @@ def rounds_told(run: Run) -> dict[str, Any] | None:
     """Where a run of islands stands; None for any other run.
 
     Returns:
-        What `Rounds.report` does, with packs (in all), last (of the last round: round, why, time, counted, and the
-        facts' metrics), and refusals (the last ten: {island, lease, reason, time}).
+        What `Rounds.report` does, with packs (in all), last (of the last round: round, why, time, counted, and
+        facts.metrics), and refusals (the last ten: {island, lease, reason, time}).
     """
     if run.begun is None:
         return None
@@ -82,7 +82,7 @@ def rounds_told(run: Run) -> dict[str, Any] | None:
     told = None
     if last is not None:
         told = {key: last[key] for key in ("round", "why", "time", "counted")}
-        told["metrics"] = last["facts"].get("metrics", {})
+        told["facts"] = {"metrics": last["facts"].get("metrics", {})}
     packs = run.begun["packs"]
     return {**run.rounds.report(packs), "packs": packs, "last": told, "refusals": run.refusals[-10:]}
 

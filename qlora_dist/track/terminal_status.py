@@ -137,6 +137,12 @@ def _facts(status: dict[str, Any], losses: Sequence[float], width: int) -> Table
         table.add_row(
             "memory", f"{_gib(max(memory))} GiB at most, {_gib(statistics.median(memory))} GiB the median rank"
         )
+    if (rounds := status.get("rounds")) is not None:
+        does = ", ".join(f"{name} {what}" for name, what in rounds["islands"].items())
+        table.add_row("islands", does)
+        done = f"{rounds['packs_trained']} of {rounds['packs']} packs, {rounds['packs_dropped']} dropped"
+        table.add_row("rounds", f"{rounds['round']} committed: {done}")
+        return table
     table.add_row("saved", _checkpoint(status))
     restarts = status.get("restarts", [])
     for number, restart in enumerate(restarts[-3:], max(0, len(restarts) - 3) + 1):

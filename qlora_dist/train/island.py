@@ -13,11 +13,13 @@ from torch import Tensor
 
 from qlora_dist.aggregate.changes import Tensors, apply_change
 from qlora_dist.aggregate.exchange import Bits, Encoder, Header, decode, encode
+from qlora_dist.aggregate.round_files import digest
 from qlora_dist.config.errors import UserError
 from qlora_dist.coordinate.client import HttpClient
 
 # An answer is held back so long at most, so that ranks which wait for this one see that it lives.
 WAIT_S = 5.0
+BEGIN_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -93,21 +95,32 @@ class Island:
     def begin(
         self, adapter: Mapping[str, Tensor], identity: dict[str, Any], num_packs: int, config: bytes, compute: str
     ) -> None:
-        """Bring what all islands start from; nothing happens where another has."""
-        data = encode(adapter, Header("adapter", self.name, 0, 0, 0, self.base), 32)
-        while True:
-            file = self._send(data, "start")
-            answer = self.client.call(
-                "begin", file=file, identity=identity, num_packs=num_packs, adapter_config=config.decode(),
-                compute=compute,
-            )  # fmt: skip
-            if not answer["missing"]:
-                return
+        """Offer what all islands start from, and wait until there is something."""
+        start = digest(adapter)
+        zeros = {name: list(tensor.shape) for name, tensor in adapter.items() if not bool(tensor.any())}
+        answer = self.client.call("begin", island=self.name, start=start)
+        while not answer["begun"]:
+            what: dict[str, Any] = {}
+            if answer["send"]:
+                parts = {name: tensor for name, tensor in adapter.items() if name not in zeros}
+                data = encode(parts, Header("adapter", self.name, 0, 0, 0, self.base), 32)
+                what = {"file": self._send(data, "start"), "zeros": zeros, "identity": identity}
+                what |= {"num_packs": num_packs, "adapter_config": config.decode(), "compute": compute}
+            else:
+                time.sleep(BEGIN_POLL_S)
+            answer = self.client.call("begin", island=self.name, start=start, **what)
 
-    def join(self, bits: Bits, **facts: Any) -> dict[str, Any]:
-        """Join as a new session; see `OuterCoordinator.join`."""
+    def join(self, bits: Bits, adapter: Mapping[str, Tensor], **facts: Any) -> dict[str, Any]:
+        """Join as a new session; see `OuterCoordinator.join`.
+
+        Args:
+            adapter: the island's own, which need not be fetched where it is what all start from.
+        """
         self.encoder = Encoder(bits)
-        return self.client.call("join", island=self.name, session=self.session, facts=facts)
+        answer = self.client.call("join", island=self.name, session=self.session, facts=facts)
+        if answer["version"] == 0 and answer["start"] == digest(adapter):
+            self.version, self.shared = 0, dict(adapter)
+        return answer
 
     def lease(self, packs: int, sending: int | None) -> dict[str, Any]:
         """Ask for packs, waiting a little for them; see `OuterCoordinator.lease`.
@@ -165,7 +178,10 @@ class Island:
         try:
             counts = self._contribute(lease, change, trained, tokens, told, session_steps)
             under_way.sent.set_result(counts is not None)
-            # Refused, the island goes on from the adapter there is, which may be the one that it has.
+            if counts is not None and counts > lease["round"]:
+                # It was late. The others are at work for the round that counts it, and would wait for this island.
+                counts = None
+            # Refused or late, the island goes on from the adapter there is, which may be the one that it has.
             have, wait_s = (self.version, 0.0) if counts is None else (counts, WAIT_S)
             while not under_way.given_up.is_set():
                 answer = self.client.call("result", have=have, wait_s=wait_s)

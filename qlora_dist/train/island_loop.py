@@ -75,7 +75,6 @@ class IslandLoop(Loop):
     contributed_step: int = 0
     evaluate_next: bool = False
     evaluated_version: int = -1
-    begun: bool = False
     rate_at: Callable[[float], float] = lambda steps: 0.0
 
     def train(self) -> None:
@@ -108,16 +107,16 @@ class IslandLoop(Loop):
 
     def enter(self) -> None:
         """Join, and go on from the current adapter; moments stay where the checkpoint is of about this version."""
-        island, begun = self.island, self.agree(None if self.island is None else self.begun)
-        if not begun:
-            adapter = self.full_adapter()
-            if island is not None:
-                config, packs = self.adapter_config_json, self.whole_order.num_packs
-                island.begin(adapter, self.identity, packs, config, self.config.model.compute)
-        told = None
+        island, adapter, told = self.island, self.full_adapter(), None
         if island is not None:
-            told = island.join(self.aggregate.exchange_bits, workers=self.world_size, device=self.device.type)
+            config, packs = self.adapter_config_json, self.whole_order.num_packs
+            island.begin(adapter, self.identity, packs, config, self.config.model.compute)
+            bits = self.aggregate.exchange_bits
+            told = island.join(bits, adapter, workers=self.world_size, device=self.device.type)
+            told |= {"same": island.version == 0}
         told = self.agree(told)
+        if told["same"]:
+            self.version, self.shared = 0, adapter
         self.islands, self.total_steps = told["islands"], told["total_steps"]
         self.contributed_step = self.progress.step
         # transformers rounds no step, so that a share of one is as good.
@@ -423,7 +422,6 @@ class Met:
 
     island: Island | None
     aggregate: AggregateConfig
-    begun: bool
     fixed: dict[str, Tensor]
 
 
@@ -449,7 +447,7 @@ def meet_islands(
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     assert box[0] is not None
     aggregate = AggregateConfig.model_validate(box[0]["settings"])
-    return Met(island, aggregate, box[0]["begun"], freeze_factor(adapter, aggregate.freeze))
+    return Met(island, aggregate, freeze_factor(adapter, aggregate.freeze))
 
 
 def freeze_factor(adapter: Mapping[str, nn.Parameter], freeze: str) -> dict[str, Tensor]:

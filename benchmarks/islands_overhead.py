@@ -135,9 +135,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", nargs="+", default=["no overlap", "overlap"], choices=SIDES)
     parser.add_argument("--sync-every", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--set", nargs="*", default=[], help="overrides of both sides")
-    parser.add_argument("--limit-s", type=float, default=150.0, help="for one side")
+    parser.add_argument("--limit-s", type=float, default=130.0, help="for one side")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     found = document.begin(

@@ -32,6 +32,7 @@ from benchmarks.islands_figures import draw, last_summary, loss_curve, parameter
 from benchmarks.process_tree import end_tree
 from qlora_dist.bench import document
 from qlora_dist.config.schema import ModelConfig
+from qlora_dist.model.quiet import quiet_libraries
 from qlora_dist.model.resolve import PACKAGE_PREFIX, packaged_gguf, resolve_base
 
 SETTINGS = Path(__file__).with_name("islands_tldr.yaml")
@@ -187,7 +188,9 @@ class Judge:
 
         if self.model is None:
             self.rows = examples(self.data / "test.jsonl", AutoTokenizer.from_pretrained(self.base), 512)
-            self.model = PeftModel.from_pretrained(nf4_base(self.base, COMPUTE_DTYPE), adapter, adapter_name="first")
+            with quiet_libraries():
+                base = nf4_base(self.base, COMPUTE_DTYPE)
+            self.model = PeftModel.from_pretrained(base, adapter, adapter_name="first")
         self.model.load_adapter(str(adapter), adapter_name="judged")
         self.model.set_adapter("judged")
         loss = held_out_loss(self.model, self.rows, batch=64)

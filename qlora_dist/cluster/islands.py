@@ -125,7 +125,8 @@ class Group:
         if mended:
             return Outcome(2, self.reason(mended[0]))
         if self.coordinator.process is not None and all(child.code is not None for child in self.islands):
-            failed = [child for child in self.islands if child.code not in (0, *STOPPED)]
+            finished = self.decisions.run.finished is not None
+            failed = [] if finished else [child for child in self.islands if child.code not in (0, *STOPPED)]
             if len(failed) == len(self.islands):
                 reason = failed[0].failures[-1][0] if failed[0].failures else "it ended"
                 logs, rounds = self.folder, self.decisions.run.rounds.round
@@ -140,6 +141,10 @@ class Group:
     def ended(self, child: Child, code: int) -> None:
         """A child's process has ended: start it again, or leave it."""
         child.process = None
+        self.decisions.catch_up()
+        if self.decisions.run.stop is not None and -code in (signal.SIGTERM, signal.SIGUSR1):
+            # It had ended its work, and its handlers, when it was asked to.
+            code = 128 - code
         if code == 0 or code in STOPPED or code == 2:
             child.code = code
             if code != 0 and child is not self.coordinator:

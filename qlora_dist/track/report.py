@@ -13,6 +13,7 @@ from qlora_dist.coordinate.log import EventLog
 from qlora_dist.coordinate.report import read_status
 from qlora_dist.coordinate.rundir import CONFIG_FILE, EVENTS_FILE
 from qlora_dist.track.charts import Chart, Line, Points, draw, smooth
+from qlora_dist.track.island_lines import island_line
 from qlora_dist.track.metrics import read_metrics
 
 FILE = "report.html"
@@ -101,6 +102,24 @@ def charts(records: Records, events: Records) -> list[Chart]:
             unit="", from_zero=True,
         ),
         Chart("Seconds a step", [Line("seconds", series(records, "seconds_per_step"))], from_zero=True),
+        Chart(
+            "Islands' changes in a round: distance (0 the same, 1.4 orthogonal) and cosine",
+            [Line("distance", series(records, "divergence")), Line("cosine", series(records, "cosine"))],
+        ),
+        Chart(
+            "MB of a round, and of DDP's gradients for the same steps",
+            [
+                Line("sent", series(records, "bytes_sent", 1e-6)),
+                Line("received", series(records, "bytes_received", 1e-6)),
+                Line("sent by DDP", series(records, "ddp_bytes_sent", 1e-6)),
+            ],
+            log=True,
+        ),
+        Chart(
+            "Training loss around an aggregation",
+            [Line("last step before", series(records, "train_loss_before")),
+             Line("first step after", series(records, "train_loss_after"))],
+        ),
         Chart("Memory of rank 0, GiB", [Line("GiB", series(records, "memory_bytes", 2**-30))], from_zero=True),
         Chart(
             "Step over time" + (", restarts dashed" if restarts else ""),
@@ -169,7 +188,11 @@ def timeline(events: Records) -> list[tuple[str, str, str, str]]:
         elif kind == "held":
             label, text = "resize", f"all workers hold still after step {event['step']}, its checkpoint committed"
         elif kind == "finished":
-            label, text, css = "done", f"{event['step']} steps", "good"
+            unit = "rounds" if "rounds" in event["summary"] else "steps"
+            label, text, css = "done", f"{event['step']} {unit}", "good"
+        elif (line := island_line(event)) is not None:
+            label, text, style = line
+            css = {"yellow": "warn"}.get(style, "")
         elif kind not in ("notice", "resumed", "plan"):
             continue
         rows.append((clock(event["time"] - events[0]["time"]), label, text, css))
@@ -182,7 +205,7 @@ def shorten(rows: list[tuple[str, str, str, str]]) -> list[tuple[str, str, str, 
     for label, part in itertools.groupby(rows, key=lambda row: row[1]):
         group = list(part)
         between = ("", label, f"{len(group) - 2:,} more", "soft")
-        short += [group[0], between, group[-1]] if label == "saved" and len(group) > 3 else group
+        short += [group[0], between, group[-1]] if label in ("saved", "round") and len(group) > 3 else group
     return short
 
 

@@ -14,7 +14,9 @@ from qlora_dist.config.load import to_yaml
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.ranges import as_ranges, count
 from qlora_dist.coordinate.rundir import open_run
-from tests.distributed.group import CONTEXT
+from qlora_dist.coordinate.service import CoordinatorService
+from qlora_dist.coordinate.state import Coordinator
+from tests.distributed.group import CONTEXT, TOKEN, _worker_process, free_port
 from tests.single import small_config
 
 Event = dict[str, Any]
@@ -31,6 +33,7 @@ class Islands:
         sections["track"] = {"tensorboard": False}
         self.config = small_config(self.run_dir, base, **sections)
         self.processes: dict[str, ForkServerProcess] = {}
+        self.services: list[CoordinatorService] = []
 
     def __enter__(self) -> "Islands":
         open_run(self.run_dir, to_yaml(self.config))
@@ -40,12 +43,15 @@ class Islands:
         for process in self.processes.values():
             process.kill()
             process.join()
+        for service in self.services:
+            service.stop()
 
-    def start(self, name: str, fault: Fault | None = None, **sections: dict[str, Any]) -> None:
+    def start(self, name: str, fault: Fault | None = None, workers: int = 1, **sections: dict[str, Any]) -> None:
         """Start a process of this name (again).
 
         Args:
             fault: a module-level function that the process calls first.
+            workers: of this island; several are processes of a group, whose coordinator is in this process.
             sections: settings of this island alone.
         """
         role, config = _coordinate, self.config
@@ -55,6 +61,10 @@ class Islands:
             values["aggregate"] |= {"coordinator": str(self.run_dir), "island": name}
             for section, own in sections.items():
                 values[section] |= own
+            if workers > 1:
+                values["launch"] |= {"backend": "torchrun", "num_workers": workers}
+                self.start_group(name, RunConfig.model_validate(values), workers)
+                return
             role, config = _train, RunConfig.model_validate(values)
         old = self.processes.get(name)
         if old is not None:
@@ -62,6 +72,17 @@ class Islands:
             old.join()
         self.processes[name] = CONTEXT.Process(target=role, args=(config, self.run_dir, fault, dict(os.environ)))
         self.processes[name].start()
+
+    def start_group(self, name: str, config: RunConfig, workers: int) -> None:
+        """Start an island of several workers."""
+        info = open_run(config.run_dir, to_yaml(config))
+        service = CoordinatorService(Coordinator(config.run_dir), TOKEN)
+        self.services.append(service)
+        plans = [(config, service.url, info.nonce, free_port())]
+        for rank in range(workers):
+            arguments = (rank, workers, "cpu", plans, None, dict(os.environ))
+            self.processes[f"{name}.{rank}"] = CONTEXT.Process(target=_worker_process, args=arguments)
+            self.processes[f"{name}.{rank}"].start()
 
     def events(self, *kinds: str) -> list[Event]:
         """The log's whole lines, of these kinds."""

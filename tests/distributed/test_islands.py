@@ -114,12 +114,23 @@ def replay(base: Path, adapter: Path, events: list[Event], method: str) -> dict[
     return shared
 
 
-@pytest.mark.parametrize("method", ["mean", "diloco"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy"),
+    [("diloco", "ddp"), pytest.param("mean", "none", marks=SLOW), pytest.param("diloco", "fsdp", marks=SLOW)],
+)
 def test_two_islands_train_what_a_replay_of_their_rounds_trains(
-    method: str, tiny_model: Path, first_adapter: Path, data: Path, tmp_path: Path
+    method: str, strategy: str, tiny_model: Path, first_adapter: Path, data: Path, tmp_path: Path
 ) -> None:
-    run = a_run(tmp_path, tiny_model, data, first_adapter, method=method, sync_every=SYNC)
-    summary = run_through(run)
+    """The first island is of two workers where the strategy is one for several."""
+    with a_run(tmp_path, tiny_model, data, first_adapter, method=method, sync_every=SYNC) as run:
+        run.start("coordinator")
+        run.start("a", workers=1 if strategy == "none" else 2, shard={"strategy": strategy})
+        run.start("b")
+        summary = run.finish()
+    assert violations(run.events()) == []
     assert (summary["rounds"], summary["steps"], summary["complete"]) == (STEPS // SYNC, 2 * STEPS, True)
     assert summary["packs_trained"] == 2 * STEPS * BATCH
     events = run.events()
@@ -210,7 +221,9 @@ def test_what_must_not_count_is_refused_and_named_and_its_packs_are_trained(
     assert "base model is another" in reasons["b"]
 
 
-@pytest.mark.parametrize("fault", [faults.dies_before_the_commit, faults.dies_after_the_commit])
+@pytest.mark.parametrize(
+    "fault", [faults.dies_before_the_commit, pytest.param(faults.dies_after_the_commit, marks=SLOW)]
+)
 def test_a_coordinator_killed_at_a_commit_goes_on_exactly(
     fault: faults.Fault, tiny_model: Path, data: Path, tmp_path: Path
 ) -> None:

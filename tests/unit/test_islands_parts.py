@@ -1,0 +1,160 @@
+"""Parts of islands in training: settings that do not go together, leased orders, addresses, files over the service."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qlora_dist.config.errors import UserError
+from qlora_dist.config.load import load_config
+from qlora_dist.coordinate import island_messages as say
+from qlora_dist.coordinate.client import CoordinatorError, HttpClient
+from qlora_dist.coordinate.island_messages import Decision
+from qlora_dist.coordinate.outer_address import keep_token, outer_address
+from qlora_dist.coordinate.rounds import Rounds, Terms
+from qlora_dist.coordinate.service import CoordinatorService
+from qlora_dist.data.order import GlobalOrder, LeasedOrder, Position
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code"),
+    [
+        (["aggregate.coordinator=host:1"], "island-by-halves"),
+        (["aggregate.island=a"], "island-by-halves"),
+        (["aggregate.method=svd", "aggregate.robust=median"], "svd-with"),
+        (["aggregate.method=svd", "aggregate.overlap=true"], "svd-with"),
+        (["aggregate.method=svd", "aggregate.freeze=A"], "svd-with"),
+        (["aggregate.method=svd", "adapter.use_dora=true"], "svd-with"),
+        (["aggregate.noise=1.0"], "noise-without-clip-norm"),
+        (["aggregate.noise=1.0", "aggregate.clip_norm=1.0", "aggregate.robust=trimmed"], "noise-with-robust"),
+        (["aggregate.overlap=true", "aggregate.sync_every=1"], "overlap-every-step"),
+        (["aggregate.islands=2", "eval.load_best_model_at_end=true"], "islands-with-best"),
+        (["aggregate.islands=0"], "setting-value"),
+    ],
+)
+def test_settings_that_do_not_go_together(overrides: list[str], code: str) -> None:
+    with pytest.raises(UserError) as told:
+        load_config(QUICKSTART, overrides)
+    assert told.value.code == code
+
+
+def test_only_islands_without_a_coordinator_are_started_here() -> None:
+    assert not load_config(QUICKSTART).aggregate.here
+    assert load_config(QUICKSTART, ["aggregate.islands=2"]).aggregate.here
+    apart = ["aggregate.islands=2", "aggregate.coordinator=host:1", "aggregate.island=a"]
+    assert not load_config(QUICKSTART, apart).aggregate.here
+
+
+def test_the_leases_of_all_islands_together_are_the_order() -> None:
+    """Whatever the ranges: batches skip what lies between, and cross the ends of epochs."""
+    order = GlobalOrder(num_packs=7, global_batch_size=3, seed=5)
+    whole = [int(order.packs_at(np.array([n]))[0]) for n in range(21)]
+    assert [sorted(whole[n : n + 7]) for n in (0, 7, 14)] == [list(range(7))] * 3, "each epoch has every pack"
+    position, first = Position(), []
+    while len(first) < 21:
+        packs, position = order.batch_at(position)
+        first += packs.tolist()
+    assert first == whole, "it is the order of a run without islands"
+    for ranges in ([[0, 21]], [[5, 9]], [[1, 4], [6, 15], [20, 21]]):
+        leased = LeasedOrder.of(order, ranges, islands=2)
+        position, packs, sizes = leased.start, [], []
+        for _ in range(leased.num_steps):
+            batch, position = leased.batch_at(position)
+            packs += batch.tolist()
+            sizes.append(len(batch))
+        assert packs == [whole[n] for start, end in ranges for n in range(start, end)]
+        assert all(size == 3 for size in sizes[:-1])
+        assert sizes[-1] >= 1
+
+
+def test_where_the_coordinator_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QLORA_DIST_TOKEN", raising=False)
+    outer, island = tmp_path / "outer", tmp_path / "island"
+    outer.mkdir()
+    island.mkdir()
+    (outer / "coordinator.json").write_text(json.dumps({"url": "http://h:1", "token": "t", "key": "k"}))
+    assert outer_address(str(outer), island) == ("http://h:1", "t")
+    with pytest.raises(UserError, match="QLORA_DIST_TOKEN"):
+        outer_address("host:7070", island)
+    with pytest.raises(UserError, match=r"no HOST:PORT"):
+        outer_address("nowhere", island)
+    monkeypatch.setenv("QLORA_DIST_TOKEN", "secret")
+    keep_token("host:7070", island)
+    monkeypatch.delenv("QLORA_DIST_TOKEN")
+    assert outer_address("host:7070", island) == ("http://host:7070", "secret"), "as a worker on another node finds it"
+    assert outer_address("https://host:7070", island)[0] == "https://host:7070"
+    assert (island / "outer.json").stat().st_mode & 0o077 == 0
+
+
+class Shelf:
+    """Files in memory and on disk."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def handle(self, method: str, **kwargs: object) -> dict:
+        return {}
+
+    def take(self, name, stream, size: int) -> None:
+        if size > 1000:
+            raise ValueError("too large")
+        (self.folder / name).write_bytes(stream.read(size))
+
+    def give(self, name: str) -> Path | None:
+        return self.folder / name if (self.folder / name).exists() else None
+
+
+def test_files_go_over_the_service_and_every_byte_is_counted(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    service = CoordinatorService(shelf, "token", files=shelf)
+    try:
+        client = HttpClient(service.url, "token")
+        client.put_file("a.b-c", b"x" * 700)
+        assert 700 < client.sent < 1000
+        before = client.received
+        assert client.get_file("a.b-c") == b"x" * 700
+        assert 700 < client.received - before < 1000
+        assert client.get_file("nothing") is None
+        assert client.get_file("..") is None
+        with pytest.raises(CoordinatorError, match="too large"):
+            client.put_file("big", b"x" * 1001)
+        with pytest.raises(UserError, match="token"):
+            HttpClient(service.url, "wrong").put_file("a", b"")
+        with pytest.raises(UserError, match="token"):
+            HttpClient(service.url, "wrong").get_file("a.b-c")
+    finally:
+        service.stop()
+
+
+def take(rounds: Rounds, decision: Decision) -> dict:
+    for event in decision.events:
+        rounds.apply(event)
+    return decision.answer
+
+
+def test_an_island_that_sends_goes_on_with_the_next_round_and_holds_two_leases_at_most() -> None:
+    terms, rounds = Terms(packs=40, islands=1, overlap=True), Rounds()
+    take(rounds, say.join(rounds, terms, "a", "s", 0.0))
+    first = take(rounds, say.lease(rounds, terms, "a", "s", 4, 0.0))
+    ahead = take(rounds, say.lease(rounds, terms, "a", "s", 4, 0.0, sending=first["lease"]))
+    assert (first["round"], ahead["round"]) == (0, 1)
+    again = take(rounds, say.lease(rounds, terms, "a", "s", 4, 0.0, sending=first["lease"]))
+    assert again["lease"] == ahead["lease"], "an answer that was lost changes nothing"
+    assert set(rounds.leases) == {first["lease"], ahead["lease"]}
+    plain = Terms(packs=40, islands=1)
+    assert take(rounds, say.lease(rounds, plain, "a", "s", 4, 0.0, sending=first["lease"]))["lease"] == first["lease"]
+
+
+def test_a_contribution_that_turns_out_to_be_useless_gives_its_packs_back() -> None:
+    terms, rounds = Terms(packs=8, islands=1), Rounds()
+    take(rounds, say.join(rounds, terms, "a", "s", 0.0))
+    lease = take(rounds, say.lease(rounds, terms, "a", "s", 4, 0.0))["lease"]
+    take(rounds, say.contribute(rounds, terms, "a", "s", lease, [[0, 4]], 9, 0.0))
+    take(rounds, say.reject(rounds, terms, lease, "its file is gone", 0.0))
+    assert rounds.collect() == []
+    assert rounds.report(8)["packs_free"] == 8
+    assert not take(rounds, say.contribute(rounds, terms, "a", "s", lease, [[0, 4]], 9, 0.0))["accepted"]
+    assert say.reject(rounds, terms, lease, "again", 0.0).events == []

@@ -195,6 +195,8 @@ def one(number: int, seed: int, folder: Path, model: Path) -> dict[str, Any]:
     began = time.monotonic()
     run = Islands(
         folder, model, aggregate=schedule["aggregate"], adapter={"lora_dropout": 0.0}, run={"seed": number},
+        # Islands that are late are not waited for.
+        launch={"start_timeout_s": 3},
         train={
             "max_steps": draw.choice([5, 6, 7]) * schedule["aggregate"]["sync_every"],
             "global_batch_size": 2, "per_device_train_batch_size": 2,

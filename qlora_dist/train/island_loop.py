@@ -439,7 +439,11 @@ def meet_islands(
     island, told = None, None
     if worker.rank == 0:
         url, token = outer_address(config.aggregate.coordinator or "", worker.run_dir)
-        client = HttpClient(url, token, patience_s=max(PATIENCE_S, config.aggregate.round_deadline_s))
+        patience_s = max(PATIENCE_S, config.aggregate.round_deadline_s)
+        if worker.world_size > 1:
+            # The other ranks wait for this one in a collective.
+            patience_s = min(patience_s, 0.8 * config.launch.collective_timeout_s)
+        client = HttpClient(url, token, patience_s=patience_s)
         island = Island(client, config.aggregate.island or "", identity["model.name"], worker.device)
         told = island.hello(identity)
     box = [told]

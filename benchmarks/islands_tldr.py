@@ -116,8 +116,8 @@ def sweep() -> list[Point]:
     """Learning rates of DDP and outer settings of DiLoCo, seed 0: what the settings were chosen by."""
     made = []
     for islands, (steps, sync) in TIMES.items():
-        for rate in ("5e-4", "1e-3", "2e-3"):
-            made.append(Point("ddp", islands, steps, sync, 0, overrides=(f"train.learning_rate={rate}",)))
+        for inner in ("5e-4", "1e-3", "2e-3"):
+            made.append(Point("ddp", islands, steps, sync, 0, overrides=(f"train.learning_rate={inner}",)))
         for rate, momentum in ((0.7, 0.9), (0.7, 0.5), (1.0, 0.5), (1.0, 0.7)):
             outer = (f"aggregate.outer_learning_rate={rate}", f"aggregate.outer_momentum={momentum}")
             made.append(Point("diloco", islands, steps, sync, 0, overrides=outer))
@@ -216,7 +216,9 @@ def run_all(
     """Train and judge what the document lacks, `processes` at a time, until the time is over; the names of failures."""
     began, judge = time.monotonic(), Judge(base, data)
     done = {record["name"] for record in found["records"]}
-    waiting, running, longest = [point for point in todo if point.name not in done], [], {}
+    waiting = [point for point in todo if point.name not in done]
+    running: list[Run] = []
+    longest: dict[int, float] = {}
     with tempfile.TemporaryDirectory(prefix="islands-") as scratch:
         try:
             while waiting or running:

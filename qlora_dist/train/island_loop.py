@@ -6,20 +6,17 @@ The first rank talks to the coordinator; all ranks take the same decisions, from
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import wait
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from qlora_dist.aggregate.changes import change_of, frozen_names, rebase
+from qlora_dist.aggregate.changes import change_of, rebase
 from qlora_dist.checkpoint.format import Snapshot
-from qlora_dist.config.schema import AggregateConfig, RunConfig
-from qlora_dist.coordinate.client import HttpClient
-from qlora_dist.coordinate.outer_address import outer_address
+from qlora_dist.config.schema import AggregateConfig
 from qlora_dist.coordinate.ranges import Piece, as_ranges, first
 from qlora_dist.data.collate import loss_tokens
 from qlora_dist.data.order import GlobalOrder, LeasedOrder
@@ -27,13 +24,10 @@ from qlora_dist.data.tokens import TokenTable
 from qlora_dist.optim.optimizers import zero_code
 from qlora_dist.optim.schedules import build_schedule
 from qlora_dist.shard.strategy import FullState
-from qlora_dist.train.context import Worker
 from qlora_dist.train.island import WAIT_S, Exchange, Island, Received, Told
 from qlora_dist.train.loop import Loop
 
 Agree = Callable[[Any], Any]
-# A coordinator that was killed is back by then.
-PATIENCE_S = 300.0
 
 
 @dataclass
@@ -414,49 +408,3 @@ class IslandLoop(Loop):
     def kept_tensors(self) -> dict[str, Tensor]:
         """See `Loop.kept_tensors`: what rounding left out of this island's messages."""
         return {} if self.island is None else self.island.encoder.state_dict()
-
-
-@dataclass(frozen=True)
-class Met:
-    """What an island knows when it has met the coordinator; fields of `IslandLoop`."""
-
-    island: Island | None
-    aggregate: AggregateConfig
-    fixed: dict[str, Tensor]
-
-
-def meet_islands(
-    config: RunConfig, worker: Worker, identity: dict[str, Any], adapter: Mapping[str, nn.Parameter]
-) -> Met:
-    """Introduce this island to the coordinator, and freeze the factor that its settings freeze. All ranks call it.
-
-    Args:
-        adapter: the adapter's parameters by PEFT's names.
-
-    Raises:
-        UserError: the coordinator's address or token is not known, or the other islands train something else.
-    """
-    island, told = None, None
-    if worker.rank == 0:
-        url, token = outer_address(config.aggregate.coordinator or "", worker.run_dir)
-        patience_s = max(PATIENCE_S, config.aggregate.round_deadline_s)
-        if worker.world_size > 1:
-            # The other ranks wait for this one in a collective.
-            patience_s = min(patience_s, 0.8 * config.launch.collective_timeout_s)
-        client = HttpClient(url, token, patience_s=patience_s)
-        island = Island(client, config.aggregate.island or "", identity["model.name"], worker.device)
-        told = island.hello(identity)
-    box = [told]
-    if worker.world_size > 1:
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    assert box[0] is not None
-    aggregate = AggregateConfig.model_validate(box[0]["settings"])
-    return Met(island, aggregate, freeze_factor(adapter, aggregate.freeze))
-
-
-def freeze_factor(adapter: Mapping[str, nn.Parameter], freeze: str) -> dict[str, Tensor]:
-    """Freeze one LoRA factor where `aggregate.freeze` says so; copies of what is frozen, on the CPU."""
-    frozen = sorted(frozen_names(adapter, "A")) if freeze == "A" else []
-    for name in frozen:
-        adapter[name].requires_grad_(False)
-    return {name: adapter[name].detach().to("cpu", copy=True) for name in frozen}

@@ -55,7 +55,8 @@ from qlora_dist.train.context import Worker
 from qlora_dist.train.evaluate import answer_prompts
 from qlora_dist.train.heartbeat import Heartbeat
 from qlora_dist.train.identity import resume, run_identity
-from qlora_dist.train.island_loop import IslandLoop, meet_islands
+from qlora_dist.train.island_loop import IslandLoop
+from qlora_dist.train.island_meeting import meet_islands
 from qlora_dist.train.largest import largest_micro_batch, rehearsal_batch
 from qlora_dist.train.loop import Loop
 from qlora_dist.train.progress import Progress

@@ -211,9 +211,9 @@ def _with_change(round: int, act: Callable[..., object], undo: bool = False) -> 
 
 def dies_before_the_commit(round: int = 1) -> None:
     """The coordinator is killed when this round's files are on the disk, and no event names them."""
-    from qlora_dist.aggregate import coordinator
+    from qlora_dist.aggregate import outer_loop
 
-    write_version = coordinator.write_version
+    write_version = outer_loop.write_version
 
     def faulty(run_dir: Path, before: Any, *rest: Any) -> Any:
         version = write_version(run_dir, before, *rest)
@@ -223,7 +223,7 @@ def dies_before_the_commit(round: int = 1) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return version
 
-    coordinator.write_version = faulty
+    outer_loop.write_version = faulty
 
 
 def dies_after_the_commit(round: int = 1) -> None:

@@ -24,6 +24,11 @@ def tldr(found: dict[str, Any]) -> str:
     return islands_figures.table(found["records"])
 
 
+def sweep(found: dict[str, Any]) -> str:
+    """The table of islands_tldr.py --sweep."""
+    return f"What the settings were chosen by, one seed each:\n\n{islands_figures.table(found['records'])}"
+
+
 def slow_link(found: dict[str, Any]) -> str:
     """The table of islands_slow_link.py."""
     cable, of_ddp = found["cable"], found["of_ddp"]
@@ -53,7 +58,7 @@ def overhead(found: dict[str, Any]) -> str:
 
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "tldr": ("islands_tldr.json", tldr),
-    "sweep": ("islands_tldr_sweep.json", tldr),
+    "sweep": ("islands_tldr_sweep.json", sweep),
     "slow link": ("islands_slow_link.json", slow_link),
     "overhead": ("islands_overhead_8b_h200.json", overhead),
 }

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import secrets
+import signal
 import statistics
 import subprocess
 import sys
@@ -160,6 +161,8 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, default=2400.0, help="for one side")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/islands_slow_link.json"))
     arguments = parser.parse_args()
+    # Namespaces and what runs in them would outlive it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     found = document.begin(
         arguments.out, resume=True, what="wall time of islands against DDP over a slow link", mbit=arguments.mbit,
         delay_ms_each_way=arguments.delay_ms, cpu=cpu_name(), cores=os.cpu_count(), kernel=platform.release(),

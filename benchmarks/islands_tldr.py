@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -284,6 +285,8 @@ def main() -> int:
         print(json.dumps(verdicts(found["records"]), indent=1))
         draw(found["records"], arguments.show.with_suffix(".png"))
         return 0
+    # What it has started would outlive it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for islands, times in (arguments.times or {}).items():
         TIMES[int(islands)] = tuple(times)
     todo = sweep() if arguments.sweep else points(arguments.seeds, arguments.outer)

@@ -59,8 +59,17 @@ def times_fewer(moved: float, parameters: int, islands: int, steps: int, dtype: 
     return sent / moved, 2 * sent / moved
 
 
+def ordered(records: Sequence[Record]) -> list[Record]:
+    """By number of islands, then DDP, DiLoCo, mean, svd; rare exchanges first, and exact ones before rounded ones."""
+    methods = ["ddp", "diloco", "mean", "svd"]
+    return sorted(
+        records, key=lambda r: (r["islands"], methods.index(r["method"]), -r["sync_every"], -r["bits"], r["seed"])
+    )
+
+
 def summarise(records: Sequence[Record]) -> list[Record]:
-    """One row a label: losses over its seeds against DDP's of the same seeds, and bytes; in the records' order."""
+    """One row a label: losses over its seeds against DDP's of the same seeds, and bytes."""
+    records = ordered(records)
     baselines = [record for record in records if record["method"] == "ddp" and not record["overrides"]]
     of_ddp = {(record["islands"], record["seed"]): record["held_out_loss"] for record in baselines}
     rows = []
@@ -137,7 +146,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(counts), squeeze=False)
     for column, islands in enumerate(counts):
-        here = [record for record in records if record["islands"] == islands]
+        here = ordered([record for record in records if record["islands"] == islands])
         above, below = axes[0][column], axes[1][column]
         of_ddp = {r["seed"]: r["held_out_loss"] for r in here if r["method"] == "ddp" and not r["overrides"]}
         for label in dict.fromkeys(record["label"] for record in here):

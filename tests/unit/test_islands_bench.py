@@ -61,7 +61,8 @@ def test_losses_are_compared_within_their_seed():
     diloco = [Point("diloco", 2, steps, sync, seed) for seed in (0, 1)]
     other_rate = Point("ddp", 2, steps, sync, 0, overrides=("train.learning_rate=1",))
     rows = [record(ddp[0], 1.0), record(ddp[1], 2.0), record(diloco[0], 1.1, 32), record(diloco[1], 2.0, 32)]
-    row = summarise([*rows, record(other_rate, 9.0)])[1]
+    row = summarise([*rows, record(other_rate, 9.0)])[-1]
+    assert row["method"] == "diloco"
     assert row["over_ddp"] == pytest.approx(1.05)
     assert row["worst_over_ddp"] == pytest.approx(1.1)
     assert list(verdicts(rows).values()) == [

@@ -15,6 +15,7 @@ from qlora_dist.coordinate.outer_address import keep_token, outer_address
 from qlora_dist.coordinate.rounds import Rounds, Terms
 from qlora_dist.coordinate.service import CoordinatorService
 from qlora_dist.data.order import GlobalOrder, LeasedOrder, Position
+from tests.distributed.islands import violations
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
@@ -158,3 +159,35 @@ def test_a_contribution_that_turns_out_to_be_useless_gives_its_packs_back() -> N
     assert rounds.report(8)["packs_free"] == 8
     assert not take(rounds, say.contribute(rounds, terms, "a", "s", lease, [[0, 4]], 9, 0.0))["accepted"]
     assert say.reject(rounds, terms, lease, "again", 0.0).events == []
+
+
+def a_log() -> list[dict]:
+    """Two rounds of one contribution each, over four packs."""
+
+    def round_(number: int, lease: int) -> dict:
+        facts = {"before": f"f{number}", "folder": f"f{number + 1}"}
+        return {"kind": "round_committed", "round": number, "counted": [{"lease": lease}], "facts": facts}
+
+    return [
+        {"kind": "islands_begun", "folder": "f0", "packs": 4},
+        {"kind": "contributed", "lease": 1, "trained": [[0, 2]]},
+        round_(0, 1),
+        {"kind": "contributed", "lease": 2, "trained": [[2, 4]]},
+        round_(1, 2),
+    ]
+
+
+def test_what_must_hold_of_a_log_is_seen_where_it_does_not() -> None:
+    """The check that the runs with faults end with."""
+    assert violations(a_log()) == []
+    lost, twice, again, missing = a_log(), a_log(), a_log(), a_log()
+    lost[4]["facts"]["before"] = "f0"
+    assert "does not follow" in violations(lost)[0]
+    twice[4]["counted"] = [{"lease": 1}, {"lease": 2}]
+    assert "counted twice" in violations(twice)[0]
+    again[3]["trained"] = [[1, 3]]
+    assert "a pack is counted twice" in violations(again)[0]
+    missing[3]["trained"] = [[2, 3]]
+    assert "of 4 packs only" in violations(missing)[0]
+    missing.append({"kind": "leases_ended", "dropped": [[3, 4]]})
+    assert violations(missing) == []

@@ -221,6 +221,8 @@ class Group:
 
     def tell_coordinator(self, child: Child, reason: str) -> None:
         """Rounds need not wait for an island that will not come back."""
+        if self.decisions.run.finished is not None or self.coordinator.process is None:
+            return
         try:
             url, token = outer_address(str(self.run_dir), self.run_dir)
             HttpClient(url, token, timeout_s=10.0, patience_s=10.0).call(

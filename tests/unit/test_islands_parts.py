@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qlora_dist.cluster.islands import device_slices, island_config
+from qlora_dist.cluster.launch import launch
+from qlora_dist.cluster.outer import coordinate
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import load_config
 from qlora_dist.coordinate import island_messages as say
@@ -159,6 +162,39 @@ def test_a_contribution_that_turns_out_to_be_useless_gives_its_packs_back() -> N
     assert rounds.report(8)["packs_free"] == 8
     assert not take(rounds, say.contribute(rounds, terms, "a", "s", lease, [[0, 4]], 9, 0.0))["accepted"]
     assert say.reject(rounds, terms, lease, "again", 0.0).events == []
+
+
+def test_where_islands_cannot_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """One sentence and exit code 2, before anything is made."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    folder = tmp_path / "run"
+    assert launch(load_config(QUICKSTART, ["aggregate.islands=2", f"output_dir={folder}"]), folder) == 2
+    assert "aggregate.islands is 2" in capsys.readouterr().err
+    with pytest.raises(UserError, match="nothing to coordinate"):
+        coordinate(load_config(QUICKSTART, [f"output_dir={folder}"]), folder, "127.0.0.1", None)
+    assert not folder.exists()
+
+
+def test_each_island_gets_gpus_of_its_own_where_there_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(QUICKSTART, ["aggregate.islands=2", "launch.device=auto"])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert device_slices(config) == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,GPU-c,GPU-d,GPU-e")
+    assert device_slices(config) == ["GPU-a,GPU-b", "GPU-c,GPU-d"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert device_slices(config) == [None, None], "they share what there is"
+
+
+def test_an_islands_own_configuration(tmp_path: Path) -> None:
+    config = load_config(QUICKSTART, ["aggregate.islands=2", "aggregate.sync_every=7"])
+    island = island_config(config, tmp_path, 1)
+    assert island.run_dir == tmp_path / "islands" / "1"
+    assert (island.aggregate.coordinator, island.aggregate.island) == (str(tmp_path), "1")
+    assert not island.aggregate.here
+    assert island.aggregate.sync_every == 7
+    assert (island.eval.sample_prompts, island_config(config, tmp_path, 0).eval.sample_prompts) == (0, 3)
 
 
 def a_log() -> list[dict]:

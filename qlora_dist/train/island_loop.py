@@ -6,12 +6,11 @@ The first rank talks to the coordinator; all ranks take the same decisions, from
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from qlora_dist.aggregate.changes import change_of, rebase
@@ -21,11 +20,10 @@ from qlora_dist.coordinate.ranges import Piece, as_ranges, first
 from qlora_dist.data.collate import loss_tokens
 from qlora_dist.data.order import GlobalOrder, LeasedOrder
 from qlora_dist.data.tokens import TokenTable
-from qlora_dist.optim.optimizers import zero_code
 from qlora_dist.optim.schedules import build_schedule
-from qlora_dist.shard.strategy import FullState
 from qlora_dist.train.island import WAIT_S, Exchange, Island, Received, Told
 from qlora_dist.train.loop import Loop
+from qlora_dist.train.moments import reset_moments
 
 Agree = Callable[[Any], Any]
 
@@ -127,7 +125,7 @@ class IslandLoop(Loop):
         self.resumed = None
         if self.progress.step and not self.agree(good):
             self.notice("the moments of the checkpoint are too old for the islands' adapter and start from zero")
-            self.reset_moments(None)
+            reset_moments(self.strategy, None)
 
     def load_newest(self) -> None:
         """Go on from the coordinator's current adapter, whatever this island has."""
@@ -143,18 +141,7 @@ class IslandLoop(Loop):
         self.fixed = {name: received.shared[name] for name in self.fixed}
         self.strategy.load_adapter(dict(received.shared))
         if received.reset and self.progress.step:
-            self.reset_moments(received.reset)
-
-    def reset_moments(self, names: Iterable[str] | None) -> None:
-        """Set the optimizer's moments of these parameters, or of all, to zero."""
-        state = self.strategy.full_state()
-        chosen = None if names is None else set(names)
-        for full_name, tensor in state.optimizer.items():
-            name, _, key = full_name.rpartition("|")
-            if tensor.dim() and (chosen is None or name in chosen):
-                is_code = tensor.dtype == torch.uint8 and hasattr(self.strategy.optimizer, "name2qmap")
-                tensor.fill_(zero_code(self.strategy.optimizer, key) if is_code else 0)
-        self.strategy.load_full_state(FullState(self.full_adapter(), state.optimizer, state.optimizer_scalars))
+            reset_moments(self.strategy, received.reset)
 
     # Leases
 

@@ -19,6 +19,8 @@ from tests.distributed.islands import Event, violations
 from tests.single import small_config
 
 PATIENCE_S = 200.0
+# Each starts four to seven processes that import torch and transformers: 20 to 40 s on two cores.
+pytestmark = pytest.mark.slow
 
 
 class Started:
@@ -64,12 +66,24 @@ class Started:
 
 
 @pytest.fixture
-def started(tmp_path: Path, tiny_model: Path) -> Iterator[Started]:
-    run = Started(tmp_path, tiny_model, max_steps=60)
+def started(tmp_path: Path, tiny_model: Path, request: pytest.FixtureRequest) -> Iterator[Started]:
+    run = Started(tmp_path, tiny_model, max_steps=getattr(request, "param", 60))
     yield run
     for process in family(run.process) if run.process.poll() is None else []:
         process.kill()
     run.process.wait()
+
+
+@pytest.mark.parametrize("started", [4], indirect=True)
+def test_one_command_trains_everything(started: Started) -> None:
+    assert started.process.wait(PATIENCE_S) == 0
+    assert violations(started.all_events()) == []
+    status = read_status(started.run_dir)
+    assert (status["state"], status["rounds"]["round"], status["rounds"]["packs_trained"]) == ("finished", 2, 16)
+    assert all((started.run_dir / "islands" / name / "adapter").is_dir() for name in "01")
+    shown = (started.folder / "output.txt").read_text()
+    assert "closed by everyone" in shown
+    assert "island  1 has left" in shown
 
 
 def test_a_killed_island_and_a_killed_coordinator_are_started_again(started: Started) -> None:
@@ -86,7 +100,6 @@ def test_a_killed_island_and_a_killed_coordinator_are_started_again(started: Sta
     assert (status["state"], status["rounds"]["packs_trained"]) == ("finished", 60 * 2 * 2)
 
 
-@pytest.mark.slow
 def test_sigterm_is_a_stop_after_what_was_trained_counts_and_the_same_command_goes_on(started: Started) -> None:
     wait_until(lambda: started.rounds() >= 2, PATIENCE_S)
     started.process.send_signal(signal.SIGTERM)
@@ -99,7 +112,6 @@ def test_sigterm_is_a_stop_after_what_was_trained_counts_and_the_same_command_go
     assert violations(started.all_events()) == []
 
 
-@pytest.mark.slow
 def test_a_killed_run_takes_its_processes_with_it_and_goes_on(started: Started) -> None:
     wait_until(lambda: started.rounds() >= 2, PATIENCE_S)
     processes = family(started.process)

@@ -35,7 +35,8 @@ def slow_link(found: dict[str, Any]) -> str:
     lines = [
         f"{found['mbit']:g} Mbit/s (one TCP connection: {cable['tcp_mbit_per_s']:.0f}), round trip "
         f"{cable['round_trip_ms']:.0f} ms, {found['cores']} CPU cores ({found['cpu']}); DDP's gradients alone take "
-        f"{found['ddp_cable_alone_s']:.0f} s on that link:",
+        f"{found['ddp_cable_alone_s']:.0f} s on that link. {found['records'][0]['steps_a_worker']} steps a worker, an "
+        f"exchange every {max(one['sync_every'] or 0 for one in found['records'])}; other work ran on the machine:",
         "",
         "| side | wall time, s | of DDP's | step, s | MB over the link, each way | held-out loss, before and after |",
         "|---|---|---|---|---|---|",

@@ -24,9 +24,10 @@ def parameters_of(adapter: Path) -> int:
 
 
 def last_summary(run_dir: Path) -> Record:
-    """What the `finished` event of a run of islands says."""
+    """What the `finished` event of a run of islands says, without what is in its run folder."""
     events = parse_lines((run_dir / "events.jsonl").read_text(encoding="utf-8"))
-    return [dict(event["summary"]) for event in events if event["kind"] == "finished"][-1]
+    told = [event["summary"] for event in events if event["kind"] == "finished"][-1]
+    return {key: value for key, value in told.items() if key not in ("adapter", "samples")}
 
 
 def loss_curve(run_dir: Path, steps: int) -> list[list[float]]:

@@ -49,7 +49,7 @@ class OuterSettings:
 
     method: Literal["mean", "diloco", "svd"] = "diloco"
     outer_learning_rate: float = 0.7
-    outer_momentum: float = 0.9
+    outer_momentum: float = 0.5
     robust: Literal["none", "median", "trimmed"] = "none"
     trim: float = 0.25
     clip_norm: float = 0.0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qlora_dist.aggregate.changes import change_of, rebase
 from qlora_dist.checkpoint.format import Snapshot
-from qlora_dist.config.schema import AggregateConfig
+from qlora_dist.config.aggregate_section import AggregateConfig
 from qlora_dist.coordinate.ranges import Piece, as_ranges, first
 from qlora_dist.data.collate import loss_tokens
 from qlora_dist.data.order import GlobalOrder, LeasedOrder

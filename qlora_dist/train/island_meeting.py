@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qlora_dist.aggregate.changes import frozen_names
-from qlora_dist.config.schema import AggregateConfig, RunConfig
+from qlora_dist.config.aggregate_section import AggregateConfig
+from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.client import HttpClient
 from qlora_dist.coordinate.outer_address import outer_address
 from qlora_dist.train.context import Worker

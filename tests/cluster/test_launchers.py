@@ -129,6 +129,18 @@ def test_the_schema_refuses_a_misspelt_field_a_wrong_type_and_a_missing_one() ->
     assert with_change((*worker, "template", "spec"), "containers", [])
     assert with_change(("rayClusterSpec", "headGroupSpec", "rayStartParams"), "num-cpus", 0), "a number is no string"
     assert with_change((*worker, "template", "spec", "containers", 0, "resources", "limits"), "memory", "256 GB")
+    assert with_change((*worker, "template", "spec", "volumes", 1, "emptyDir"), "medium", "Disk")
+    assert not with_change((*worker, "template", "spec", "volumes", 1, "emptyDir"), "medium", "HugePages-2Mi")
+    assert with_change((), "activeDeadlineSeconds", 0)
+    assert not with_change((), "activeDeadlineSeconds", 1)
+
+
+@pytest.mark.parametrize(("path", "longest"), [("kuberay-rayjob.yaml", 47), ("kuberay-raycluster.yaml", 53)])
+def test_the_schema_takes_names_as_the_operator_does(path: str, longest: int) -> None:
+    (resource,) = resources(LAUNCHERS / path)
+    assert not complaints(resource | {"metadata": {"name": "a" * longest}})
+    for metadata in ({"name": "a" * (longest + 1)}, {"name": "1a"}, {"name": "a-"}, {"name": "A"}, {}):
+        assert complaints(resource | {"metadata": metadata}), metadata
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)

@@ -146,6 +146,9 @@ def test_the_schema_takes_names_as_the_operator_does(path: str, longest: int) ->
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
 def test_every_pod_has_the_token_from_a_secret_and_those_of_the_run_share_the_storage(path: Path) -> None:
     for resource in resources(path):
+        cluster = resource["spec"].get("rayClusterSpec", resource["spec"])
+        # The operator asks the cluster how a job is, and would be refused without the token.
+        assert cluster["authOptions"] == {"mode": "token", "secretName": "qlora-dist"}
         for pod in pods(resource):
             (container,) = pod["containers"]
             variables = {variable["name"]: variable for variable in container["env"]}

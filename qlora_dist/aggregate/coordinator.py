@@ -17,13 +17,14 @@ from qlora_dist.aggregate.outer import OuterState
 from qlora_dist.aggregate.outer_loop import OuterLoop
 from qlora_dist.aggregate.round_files import (
     CHANGE,
-    CONTRIBUTIONS,
     ROUNDS,
+    contribution_path,
     digest,
     take_contribution,
     whole_message,
     write_version,
 )
+from qlora_dist.aggregate.round_report import check_session_told, check_told
 from qlora_dist.aggregate.safety import refuse
 from qlora_dist.config.errors import UserError
 from qlora_dist.coordinate import island_messages as say
@@ -102,7 +103,7 @@ class OuterCoordinator(OuterLoop):
         """
         with self.decisions.deciding() as run:
             if run.begun is None and what:
-                path = self.run_dir / CONTRIBUTIONS / what["file"]
+                path = contribution_path(self.run_dir, what["file"])
                 if not path.exists():
                     return {"begun": False, "send": True}
                 self._begin(run, start, path.read_bytes(), **what)
@@ -190,13 +191,21 @@ class OuterCoordinator(OuterLoop):
         Returns:
             Its answer, with {"missing": True where the file has to be sent again}.
         """
-        path = self.run_dir / CONTRIBUTIONS / file
+        path = contribution_path(self.run_dir, file)
         with self.decisions.memory:
             known = lease in self.decisions.run.rounds.contributions or lease in self.decisions.run.rounds.counted
-        data = path.read_bytes() if path.exists() else None
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            # Never sent, or counted meanwhile.
+            data = None
         if data is None and not known:
             return {"accepted": False, "reason": None, "round": None, "missing": True}
         reason, message = (None, None) if data is None else self._examine(data, island, lease, tokens)
+        try:
+            check_told(told)
+        except ValueError as error:
+            reason = reason or f"island {island}: {error}"
         with self.decisions.deciding() as run:
             facts = {"file": file, "sha256": hashlib.sha256(data or b"").hexdigest(), "bytes": len(data or b"")}
             decision = say.contribute(
@@ -256,6 +265,7 @@ class OuterCoordinator(OuterLoop):
 
     def evaluated(self, version: int, eval_loss: float) -> Answer:
         """The held-out loss of a version."""
+        version, eval_loss = int(version), float(eval_loss)
         with self.decisions.deciding():
             self.decisions.decide("evaluated", version=version, eval_loss=eval_loss)
         self.report.metrics.write(version, eval_loss=eval_loss)
@@ -263,6 +273,7 @@ class OuterCoordinator(OuterLoop):
 
     def leave(self, island: str, session: str, reason: str, told: Answer) -> Answer:
         """See `island_messages.leave`; `told` is all that the island has moved."""
+        check_session_told(told)
         with self.decisions.deciding() as run:
             self.decisions.decide("island_told", island=island, session=session, told=told)
             self.decide(say.leave(run.rounds, self.terms(run), island, session, reason, time.time()))

@@ -25,6 +25,7 @@ from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate import island_messages as say
 from qlora_dist.coordinate import report
 from qlora_dist.coordinate.decisions import Decisions
+from qlora_dist.coordinate.files import explain
 from qlora_dist.coordinate.heard import Heard
 from qlora_dist.coordinate.island_messages import Decision
 from qlora_dist.coordinate.log import Event
@@ -87,21 +88,24 @@ class OuterLoop:
         return [run.begun["folder"]] if last is None else [last["facts"]["before"], last["facts"]["folder"]]
 
     def run(self) -> None:
-        """Close rounds until there is nothing left to train, or the run was stopped and all islands have left.
+        """Close rounds until there is nothing left to train, or the run was stopped and all islands have left or are silent.
 
         Raises:
             UserError: the storage is full or cannot be written.
+            RuntimeError: another coordinator has gone on with this run.
         """
         while True:
             seen = self.changes
             with self.decisions.deciding() as run:
                 why = None
                 if run.begun is not None:
+                    self._check_alone(run)
                     terms = self.terms(run)
                     self.decide(say.tick(run.rounds, terms, time.time()))
                     why = run.rounds.due(terms, time.time())
                     collected = run.rounds.collect()
-                    over = run.rounds.finished(terms.packs) or (run.stop is not None and not anybody(run.rounds))
+                    left = not anybody(run.rounds) or self._silent(run)
+                    over = run.rounds.finished(terms.packs) or (run.stop is not None and left)
                     self.closing = run.rounds.round if why is not None else None
             if why is not None:
                 self._close_round(why, collected)
@@ -122,7 +126,7 @@ class OuterLoop:
         assert before is not None
         assert run.begun is not None
         begun = run.begun
-        terms, number = self.terms(run), run.rounds.round
+        terms, number = self.terms(run), before.state.round
         refused: dict[int, str] = {}
         contributions = []
         for one in collected:
@@ -139,19 +143,24 @@ class OuterLoop:
             with self.decisions.deciding() as run:
                 for lease, reason in refused.items():
                     self.decide(say.reject(run.rounds, terms, lease, reason, time.time()))
+            self._forget(collected)
             return
         outcome = outer_step(self.outer, before.state, before.exact, counted)
-        following = write_version(
-            self.run_dir, before, outcome.adapter, outcome.state, self.trained_names(),
-            self.config.aggregate.exchange_bits, begun["base"],
-            json.dumps(begun["adapter_config"], indent=2).encode(), begun["notes"],
-        )  # fmt: skip
+        try:
+            following = write_version(
+                self.run_dir, before, outcome.adapter, outcome.state, self.trained_names(),
+                self.config.aggregate.exchange_bits, begun["base"],
+                json.dumps(begun["adapter_config"], indent=2).encode(), begun["notes"],
+            )  # fmt: skip
+        except OSError as error:
+            raise explain(error, self.run_dir) from error
         by_lease = {one.lease: one for one in collected}
         facts = self.report.facts(
             number, [by_lease[one.lease] for one in counted], divergence([one.change for one in counted]), refused,
             before, following, time.monotonic() - started,
         )  # fmt: skip
         with self.decisions.deciding() as run:
+            self._check_alone(run, following)
             decision = say.commit(
                 run.rounds, terms, number, [one.lease for one in counted], refused, why, time.time(),
                 folder=following.folder, before=before.folder, sha256=following.sha256, reset=outcome.reset,
@@ -160,20 +169,38 @@ class OuterLoop:
             oldest = self._named_versions(run)[0]
             with self.decisions.memory:
                 self.decide(decision)
-                if decision.answer["committed"]:
-                    self.version = following
-        if not decision.answer["committed"]:
-            # Another coordinator over this folder was faster.
-            shutil.rmtree(self.run_dir / ROUNDS / following.folder, ignore_errors=True)
-            raise RuntimeError(f"another coordinator has committed round {number} of {self.run_dir}")
+                self.version = following
         self.tell_change()
         self.report.committed(run.rounds)
         if oldest != before.folder:
             shutil.rmtree(self.run_dir / ROUNDS / oldest, ignore_errors=True)
-        for lease in [lease for lease in by_lease if lease not in run.rounds.contributions]:
-            self.messages.pop(lease, None)
-            (self.run_dir / CONTRIBUTIONS / by_lease[lease].facts["file"]).unlink(missing_ok=True)
+        self._forget(collected)
         self._write_status(at_once=True)
+
+    def _check_alone(self, run: Run, following: Version | None = None) -> None:
+        """Raise where another coordinator over this folder goes on: this one was taken for dead.
+
+        Args:
+            following: what is to be committed; whoever starts removes files that no event names.
+        """
+        gone = following is not None and (
+            run.rounds.closed or not (self.run_dir / ROUNDS / following.folder).is_dir()
+        )  # fmt: skip
+        if gone or self.version is None or self.version.state.round != run.rounds.round:
+            raise RuntimeError(f"another coordinator is at work in {self.run_dir}")
+
+    def _silent(self, run: Run) -> bool:
+        """Whether islands were asked to stop, and for as long as a round may last there was no message."""
+        patience_s = self.config.aggregate.round_deadline_s
+        asked = run.stop is not None and time.time() > run.stop["time"] + patience_s
+        return asked and time.monotonic() > self.heard_time + patience_s
+
+    def _forget(self, collected: list[Contribution]) -> None:
+        """Remove what was collected and is counted or refused by now."""
+        for one in collected:
+            if one.lease not in self.decisions.run.rounds.contributions:
+                self.messages.pop(one.lease, None)
+                (self.run_dir / CONTRIBUTIONS / one.facts["file"]).unlink(missing_ok=True)
 
     def _message_of(self, contribution: Contribution) -> Message | str:
         """What was sent, or why it cannot be read again."""
@@ -197,10 +224,13 @@ class OuterLoop:
         write_adapter(version.exact, config_json, self.run_dir / ADAPTER, begun["notes"])
         self.tell_change()
         patience_s = self.config.aggregate.round_deadline_s
-        while anybody(self.decisions.run.rounds) and time.monotonic() < self.heard_time + patience_s:
+        while time.monotonic() < self.heard_time + patience_s:
+            self.decisions.catch_up()
+            with self.decisions.memory:
+                if not anybody(self.decisions.run.rounds):
+                    break
             with self.changed:
                 self.changed.wait(TICK_S)
-            self.decisions.catch_up()
             self._write_status()
         with self.decisions.deciding() as run:
             summary = self.report.summary(run, self.run_dir)

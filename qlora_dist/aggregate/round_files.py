@@ -25,7 +25,8 @@ from torch import Tensor
 from qlora_dist.aggregate.changes import Tensors, apply_change, change_of
 from qlora_dist.aggregate.exchange import Bits, Encoder, Header, encode
 from qlora_dist.aggregate.outer import OuterState
-from qlora_dist.coordinate.files import fsync_folder
+from qlora_dist.coordinate.files import fsync_folder, write_atomically
+from qlora_dist.coordinate.service import FILE_NAME
 
 ROUNDS, CONTRIBUTIONS = "rounds", "contributions"
 ADAPTER, SHARED, OUTER, CHANGE, WHOLE = "adapter", "shared.safetensors", "outer.safetensors", "change", "whole"
@@ -93,7 +94,7 @@ def write_version(
     _write(folder / ADAPTER / CONFIG, adapter_config)
     outer = state.state_dict() | {RESIDUAL + n: tensor for n, tensor in residual.items()}
     _write(folder / OUTER, safetensors.torch.save(outer))
-    for path in (folder / ADAPTER, folder, folder.parent):
+    for path in (folder / ADAPTER, folder, folder.parent, run_dir):
         fsync_folder(path)
     return Version(dict(exact), shared, state, residual, name, digest(exact))
 
@@ -126,10 +127,19 @@ def whole_message(run_dir: Path, version: Version, base: str) -> Path:
     path = run_dir / ROUNDS / version.folder / WHOLE
     if not path.exists():
         header = Header("adapter", "", version.state.round, 0, 0, base)
-        partial = path.with_name(f".{WHOLE}.{secrets.token_hex(4)}")
-        partial.write_bytes(encode(version.shared, header, 32))
-        os.replace(partial, path)
+        write_atomically(path, encode(version.shared, header, 32))
     return path
+
+
+def contribution_path(run_dir: Path, name: str) -> Path:
+    """Where `take_contribution` keeps a message.
+
+    Raises:
+        ValueError: the service takes no file of that name; it might lead out of the folder.
+    """
+    if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
+        raise ValueError("that is no name of a file that was sent")
+    return run_dir / CONTRIBUTIONS / name
 
 
 def take_contribution(run_dir: Path, name: str, stream: BufferedIOBase, size: int) -> None:
@@ -137,9 +147,13 @@ def take_contribution(run_dir: Path, name: str, stream: BufferedIOBase, size: in
 
     Raises:
         ConnectionError: the stream ends before.
+        ValueError: see `contribution_path`.
     """
-    folder = run_dir / CONTRIBUTIONS
-    folder.mkdir(exist_ok=True)
+    target = contribution_path(run_dir, name)
+    folder = target.parent
+    if not folder.is_dir():
+        folder.mkdir(exist_ok=True)
+        fsync_folder(run_dir)
     partial = folder / f".{name}.{secrets.token_hex(4)}"
     try:
         with partial.open("xb") as file:
@@ -152,7 +166,7 @@ def take_contribution(run_dir: Path, name: str, stream: BufferedIOBase, size: in
                 left -= len(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, folder / name)
+        os.replace(partial, target)
         fsync_folder(folder)
     finally:
         partial.unlink(missing_ok=True)

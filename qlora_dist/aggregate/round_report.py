@@ -20,6 +20,9 @@ from qlora_dist.track.metrics import MetricsLog, read_metrics
 
 # Adapters train in fp32, and data-parallel workers sum these gradients.
 GRADIENT_DTYPE = torch.float32
+# What islands tell (`train.island.Told`): of a lease, and of all that their session has moved.
+TOLD = ("steps", "loss", "first_loss", "last_loss", "bytes_sent", "bytes_received")
+SESSION = ("session_bytes_sent", "session_bytes_received", "session_steps")
 MEANS = ("exchange_seconds", "exposed_seconds", "seconds_per_step")
 
 
@@ -95,7 +98,6 @@ class RoundReport:
     def summary(self, run: Run, run_dir: Path) -> dict[str, Any]:
         """What the run came to. An island that died has told of its traffic up to its last contribution."""
         told: dict[tuple[str, str], tuple[int, int, int]] = {}
-        tokens: dict[int, int] = {}
         counted = 0
         losses = {}
         for event in EventLog(run_dir / EVENTS_FILE).read_new():
@@ -105,8 +107,6 @@ class RoundReport:
                 key = (event["island"], facts["session"] if event["kind"] == "island_told" else facts["speaker"])
                 now = tuple(all_told[f"session_{name}"] for name in ("bytes_sent", "bytes_received", "steps"))
                 told[key] = now  # type: ignore[assignment]
-                if event["kind"] == "contributed":
-                    tokens[event["lease"]] = event["tokens"]
             elif event["kind"] == "round_committed":
                 counted += sum(entry["tokens"] for entry in event["counted"])
             elif event["kind"] == "evaluated":
@@ -140,6 +140,27 @@ class RoundReport:
         sent, received, steps = (sum(one[place] for one in each) for place in range(3))
         told = self._traffic(sent, received, steps)
         return {name: value for name, value in told.items() if not isinstance(value, str)}
+
+
+def check_told(told: Any) -> None:
+    """Raise a ValueError where the figures of a contribution are not those that a round's record needs."""
+    check_session_told(told)
+    _check_numbers(told, (*TOLD, *MEANS))
+    if told.get("eval_loss_before") is not None:
+        _check_numbers(told, ("eval_loss_before",))
+
+
+def check_session_told(told: Any) -> None:
+    """Raise a ValueError where what an island tells of its session is not what the summary needs."""
+    _check_numbers(told, SESSION)
+
+
+def _check_numbers(told: Any, names: Sequence[str]) -> None:
+    if not isinstance(told, dict):
+        raise ValueError("it tells no figures")
+    for name in names:
+        if isinstance(told.get(name), bool) or not isinstance(told.get(name), int | float):
+            raise ValueError(f"its figure {name} is no number")
 
 
 def _mean(values: Sequence[float]) -> float:

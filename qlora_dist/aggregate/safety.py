@@ -47,6 +47,8 @@ def refuse(
             return f"{who} the dtype of {name} is {str(change[name].dtype).removeprefix('torch.')} instead of float32"
     if bad := sorted(name for name in reference if not bool(change[name].isfinite().all())):
         return f"{who} {len(bad)} of {len(reference)} parameters hold numbers that are not finite, {bad[0]} among them"
+    # A learning rate that starts at zero leaves a round of zeros behind, of which nothing is a multiple.
+    norms = [one for one in norms if one > 0]
     norm, usual = norm_of(change), statistics.median(norms) if len(norms) >= LEAST_NORMS else math.inf
     if not norm <= most_times_median * usual:
         return (

@@ -190,7 +190,9 @@ class Group:
         """Islands stop where somebody has asked the run to, by a signal or by `qlora-dist stop`."""
         self.decisions.catch_up(max_age_s=1.0)
         run = self.decisions.run
-        if run.stop is None and run.finished is None and all(island.code in STOPPED for island in self.islands):
+        codes = [island.code for island in self.islands]
+        if run.stop is None and run.finished is None and None not in codes and STOPPED & {*codes}:
+            # Whoever failed for good beside them is not coming back either.
             ask_at_once(self.run_dir, "all islands were asked to stop")
         if run.stop is None:
             return

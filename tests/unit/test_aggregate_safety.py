@@ -91,6 +91,13 @@ def test_of_two_islands_the_rounds_before_tell_who_is_far_out() -> None:
     assert list(refuse_round(pair, REFERENCE, BASE, state.known_norms())) == [2]
 
 
+def test_a_round_at_a_learning_rate_of_zero_has_nobody_refused_after_it() -> None:
+    """Warm-up starts at zero, so with an exchange every step the first round changes nothing."""
+    whole = sent()
+    assert refuse(whole, REFERENCE, BASE, [0.0, 0.0]) is None
+    assert "times the usual 0.05" in (refuse(whole, REFERENCE, BASE, [0.0, 0.0, 0.05, 0.05]) or "")
+
+
 def test_a_ring_all_reduce_counted_message_by_message() -> None:
     for workers in (1, 2, 4, 7):
         part = 840 // workers  # bytes

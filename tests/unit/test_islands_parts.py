@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from qlora_dist.cluster.islands import device_slices, island_config
+from qlora_dist.cluster.islands import Child, Group, device_slices, island_config
 from qlora_dist.cluster.launch import launch
 from qlora_dist.cluster.outer import coordinate
 from qlora_dist.config.errors import UserError
@@ -227,3 +228,18 @@ def test_what_must_hold_of_a_log_is_seen_where_it_does_not() -> None:
     assert "of 4 packs only" in violations(missing)[0]
     missing.append({"kind": "leases_ended", "dropped": [[3, 4]]})
     assert violations(missing) == []
+
+
+@pytest.mark.parametrize(("codes", "asked"), [((143, 138), 1), ((143, 1), 1), ((143, None), 0), ((1, 0), 0)])
+def test_a_run_whose_last_islands_were_stopped_from_outside_ends(
+    codes: tuple, asked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where others of them have failed for good; else its coordinator would wait for ever."""
+    requests: list[Path] = []
+    monkeypatch.setattr("qlora_dist.cluster.islands.ask_at_once", lambda run_dir, reason: requests.append(run_dir))
+    group = object.__new__(Group)
+    group.run_dir, group.forwarded = tmp_path, set()
+    group.decisions = SimpleNamespace(run=SimpleNamespace(stop=None, finished=None), catch_up=lambda max_age_s: None)
+    group.islands = [Child(str(number), load_config(QUICKSTART), code=code) for number, code in enumerate(codes)]
+    group.pass_on_stop()
+    assert len(requests) == asked

@@ -88,7 +88,7 @@ class OuterLoop:
         return [run.begun["folder"]] if last is None else [last["facts"]["before"], last["facts"]["folder"]]
 
     def run(self) -> None:
-        """Close rounds until there is nothing left to train, or the run was stopped and all islands have left or are silent.
+        """Close rounds until there is nothing left to train, or the run was stopped and no island is heard of any more.
 
         Raises:
             UserError: the storage is full or cannot be written.

@@ -58,6 +58,7 @@ class Exchange:
         sent: done when the coordinator has answered: whether it counts the contribution.
         received: done when the adapter is here.
         seconds: how long it all took, once it is done.
+        refused: why the coordinator does not count the contribution, once `sent` is done.
     """
 
     def __init__(self) -> None:
@@ -65,6 +66,7 @@ class Exchange:
         self.received: Future[Received] = Future()
         self.given_up = threading.Event()
         self.started, self.seconds = time.monotonic(), 0.0
+        self.refused: str | None = None
 
 
 @dataclass
@@ -176,7 +178,7 @@ class Island:
         told: Told, session_steps: int,
     ) -> None:  # fmt: skip
         try:
-            counts = self._contribute(lease, change, trained, tokens, told, session_steps)
+            counts, under_way.refused = self._contribute(lease, change, trained, tokens, told, session_steps)
             under_way.sent.set_result(counts is not None)
             if counts is not None and counts > lease["round"]:
                 # It was late. The others are at work for the round that counts it, and would wait for this island.
@@ -202,8 +204,8 @@ class Island:
 
     def _contribute(
         self, lease: dict[str, Any], change: Tensors, trained: list[list[int]], tokens: int, told: Told, steps: int
-    ) -> int | None:
-        """Send a contribution; the round that counts it, None where none does."""
+    ) -> tuple[int | None, str | None]:
+        """Send a contribution; the round that counts it, or None and why none does."""
         header = Header("change", self.name, lease["round"], lease["lease"], tokens, self.base)
         on_device = change if self.encoder.bits in (16, 32) else {n: t.to(self.device) for n, t in change.items()}
         data, _ = self.encoder.encode(on_device, header)
@@ -222,7 +224,7 @@ class Island:
             if not answer["missing"]:
                 break
         self.told_bytes = sent, received
-        return int(answer["round"]) if answer["accepted"] else None
+        return (int(answer["round"]), None) if answer["accepted"] else (None, answer["reason"])
 
     def _send(self, data: bytes, name: str) -> str:
         file = f"{name}-{secrets.token_hex(6)}"

@@ -51,6 +51,8 @@ class IslandLoop(Loop):
     shared: dict[str, Tensor] = field(default_factory=dict)
     version: int = 0
     islands: int = 1
+    # Of the whole run, all islands together.
+    packs: int = 1
     lease_end: int = 0
     # Loss-bearing tokens and loss of each step since the last contribution.
     losses: list[tuple[int, float]] = field(default_factory=list)
@@ -109,7 +111,7 @@ class IslandLoop(Loop):
         told = self.agree(told)
         if told["same"]:
             self.version, self.shared = 0, adapter
-        self.islands, self.total_steps = told["islands"], told["total_steps"]
+        self.islands, self.packs, self.total_steps = told["islands"], told["packs"], told["total_steps"]
         self.contributed_step = self.progress.step
         # transformers rounds no step, so that a share of one is as good.
         self.rate_at = cast(Callable[[float], float], build_schedule(self.config.train, self.total_steps))
@@ -219,11 +221,12 @@ class IslandLoop(Loop):
     def set_schedule(self, lease: dict[str, Any], start: int, order: LeasedOrder) -> None:
         """The learning rate follows the share of the run's packs that all islands together have trained.
 
-        Steps are those of the whole run: a round's packs are spread evenly over the islands that are there.
+        Steps are those of the whole run, whatever this island's batch: a round's packs are spread evenly over the
+        islands that are there.
         """
-        whole = self.islands * self.batch_size
-        before, together = lease["before"] / whole, lease["present"] * self.batch_size / whole
         rate, most = self.rate_at, self.total_steps
+        before = lease["before"] * most / self.packs
+        together = lease["present"] * self.batch_size * most / self.packs
         self.schedule = lambda steps: rate(min(most, before + (steps - start) * together))
 
     def goes_on(self) -> bool:
@@ -313,6 +316,8 @@ class IslandLoop(Loop):
         Args:
             wait_for_it: where it is not here yet; else the exchange stays under way.
         """
+        # Steps before it are no part of it; a GPU's last one is still to be taken up.
+        self.log()
         with self.exposed():
             self._take_result(wait_for_it)
             self.interval_start = self.arrivals.now()
@@ -334,6 +339,8 @@ class IslandLoop(Loop):
         self.load(received)
         if self.exchange is not None:
             self.exchange_s += self.exchange.seconds
+            if self.exchange.refused is not None:
+                self.notice(f"the coordinator does not count what this island has trained: {self.exchange.refused}")
         self.exchange, self.exchanging, self.arrived, self.sending = None, False, False, None
         if self.evaluate_next:
             self.evaluate_version()

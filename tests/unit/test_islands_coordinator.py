@@ -1,0 +1,185 @@
+"""The coordinator of islands in this process: what a stranger, a second coordinator or a dead island could do to it."""
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_dist.aggregate.changes import Tensors
+from qlora_dist.aggregate.coordinator import OuterCoordinator
+from qlora_dist.aggregate.exchange import Header, encode
+from qlora_dist.aggregate.round_files import digest
+from qlora_dist.aggregate.round_report import RoundReport
+from qlora_dist.config.load import load_config, to_yaml
+from qlora_dist.coordinate.rundir import open_run
+from qlora_dist.coordinate.stop import ask_at_once
+from qlora_dist.data.order import GlobalOrder
+from qlora_dist.train.arrivals import Arrivals
+from qlora_dist.train.island_loop import IslandLoop
+from qlora_dist.train.loop import Taken
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+BASE, A, B = "f" * 64, "q.lora_A.weight", "q.lora_B.weight"
+ADAPTER = {A: torch.ones(2, 3), B: torch.zeros(4, 2)}
+NUMBERS = ("steps", "loss", "first_loss", "last_loss", "exchange_seconds", "exposed_seconds", "seconds_per_step")
+MOVED = ("bytes_sent", "bytes_received", "session_bytes_sent", "session_bytes_received", "session_steps")
+TOLD = dict.fromkeys((*NUMBERS, *MOVED), 1)
+
+
+class Metrics:
+    def write(self, step: int, **values: Any) -> None:
+        """Kept by nobody."""
+
+
+def coordinator(run_dir: Path, *overrides: str) -> OuterCoordinator:
+    train = ["train.max_steps=4", "train.global_batch_size=2", "train.per_device_train_batch_size=1"]
+    settings = ["aggregate.islands=2", "train.warmup_steps=0", *train]
+    config = load_config(QUICKSTART, [*settings, f"output_dir={run_dir}", *overrides])
+    open_run(run_dir, to_yaml(config))
+    return OuterCoordinator(config, run_dir, RoundReport(Metrics(), run_dir, 2, {}))  # type: ignore[arg-type]
+
+
+def send(to: OuterCoordinator, name: str, tensors: Tensors, header: Header) -> str:
+    data = encode(tensors, header, 32)
+    to.take(name, io.BytesIO(data), len(data))  # type: ignore[arg-type]
+    return name
+
+
+def begun(run_dir: Path, *overrides: str) -> OuterCoordinator:
+    """Two islands have begun and joined, each with a lease."""
+    one = coordinator(run_dir, *overrides)
+    start = digest(ADAPTER)
+    assert one.handle("begin", island="a", start=start)["send"]
+    file = send(one, "start", {A: ADAPTER[A]}, Header("adapter", "a", 0, 0, 0, BASE))
+    what = {"file": file, "zeros": {B: [4, 2]}, "identity": {}, "num_packs": 8, "adapter_config": "{}", "compute": ""}
+    assert one.handle("begin", island="a", start=start, **what)["begun"]
+    for name in "ab":
+        one.handle("join", island=name, session=name, facts={})
+    for name in "ab":
+        assert one.handle("lease", island=name, session=name, packs=2)["lease"] == "ab".index(name) + 1
+    return one
+
+
+def contribute(to: OuterCoordinator, island: str, told: Any = TOLD) -> dict[str, Any]:
+    lease = "ab".index(island) + 1
+    change = {name: torch.full_like(tensor, 0.1) for name, tensor in ADAPTER.items()}
+    file = send(to, f"{lease}-x", change, Header("change", island, 0, lease, 5, BASE))
+    trained = [[2 * lease - 2, 2 * lease]]
+    return to.handle(
+        "contribute", island=island, session=island, lease=lease, trained=trained, tokens=5, file=file, told=told
+    )
+
+
+@pytest.mark.parametrize("name", ["../events.jsonl", "/etc/hostname", "", ".hidden", "a/b", 7])
+def test_no_message_names_a_file_elsewhere(name: Any, tmp_path: Path) -> None:
+    one = begun(tmp_path)
+    arguments = {"island": "a", "session": "a", "lease": 1, "trained": [[0, 2]], "tokens": 5, "told": TOLD}
+    with pytest.raises(ValueError, match="no name of a file"):
+        one.handle("contribute", file=name, **arguments)
+    assert (tmp_path / "events.jsonl").stat().st_size
+    new = coordinator(tmp_path / "new")
+    with pytest.raises(ValueError, match="no name of a file"):
+        new.handle("begin", island="a", start="", file=name)
+
+
+@pytest.mark.parametrize(
+    "told", [{}, None, TOLD | {"loss": None}, TOLD | {"session_steps": "1"}, TOLD | {"steps": True}]
+)
+def test_figures_that_no_report_could_be_made_of_are_refused_before_they_are_in_the_log(
+    told: Any, tmp_path: Path
+) -> None:
+    one = begun(tmp_path)
+    answer = contribute(one, "b", told)
+    assert not answer["accepted"]
+    assert "figure" in answer["reason"]
+    with pytest.raises(ValueError, match="figure"):
+        one.handle("leave", island="b", session="b", reason="", told={})
+    assert contribute(one, "a")["accepted"]
+    one._close_round("deadline", one.decisions.run.rounds.collect())
+    assert one.decisions.run.rounds.counted == {1: 0}
+
+
+def test_a_coordinator_that_was_taken_for_dead_commits_nothing(tmp_path: Path) -> None:
+    """It wakes up with the old adapter, over which another one has put a round since."""
+    old = begun(tmp_path)
+    contribute(old, "a")
+    new = coordinator(tmp_path)
+    collected = new.decisions.run.rounds.collect()
+    assert [one.lease for one in collected] == [1]
+    new._close_round("deadline", collected)
+    contribute(new, "b")
+    with pytest.raises(RuntimeError, match="another coordinator"):
+        old.run()
+    old.decisions.catch_up()
+    with pytest.raises(RuntimeError, match="another coordinator"):
+        old._close_round("deadline", old.decisions.run.rounds.collect())
+    assert old.decisions.run.rounds.round == 1
+
+
+def test_a_round_whose_files_another_start_has_swept_away_is_not_committed(tmp_path: Path) -> None:
+    old = begun(tmp_path)
+    contribute(old, "a")
+    facts = old.report.facts
+
+    def while_another_starts(*arguments: Any) -> dict[str, Any]:
+        coordinator(tmp_path)
+        return facts(*arguments)
+
+    old.report.facts = while_another_starts  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="another coordinator"):
+        old._close_round("deadline", old.decisions.run.rounds.collect())
+    assert coordinator(tmp_path).decisions.run.rounds.round == 0
+
+
+def test_a_round_in_which_all_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
+    one = begun(tmp_path)
+    contribute(one, "a")
+    (tmp_path / "contributions" / "1-x").write_bytes(b"altered")
+    one.messages.clear()
+    one._close_round("deadline", one.decisions.run.rounds.collect())
+    assert one.decisions.run.refusals[0]["island"] == "a"
+    assert list((tmp_path / "contributions").iterdir()) == []
+
+
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_ever_for_a_dead_island(tmp_path: Path) -> None:
+    one = begun(tmp_path, "aggregate.round_deadline_s=0.2")
+    one.handle("leave", island="a", session="a", reason="asked to stop", told=TOLD)
+    ask_at_once(tmp_path, "a test")
+    one.run()
+    assert one.decisions.run.state() == "stopped"
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_the_learning_rate_follows_the_share_of_packs_whatever_an_islands_batch(batch: int) -> None:
+    """Two islands, 10 steps of 2 packs each: 40 packs; half of them were leased before."""
+    loop = object.__new__(IslandLoop)
+    loop.whole_order, loop.islands, loop.packs, loop.total_steps = GlobalOrder(40, batch), 2, 40, 10
+    loop.rate_at = float
+    loop.set_schedule({"before": 20, "present": 2}, 7, None)  # type: ignore[arg-type]
+    assert loop.schedule(7) == 5.0
+    assert loop.schedule(8) == 5.0 + 2 * batch * 10 / 40
+    assert loop.schedule(100) == 10.0
+
+
+def test_a_result_that_arrives_in_the_middle_is_no_time_of_the_steps_before() -> None:
+    """A GPU's steps are taken up one late: the last one before the result still counts from the start of its own."""
+    written = []
+    loop: Any = object.__new__(IslandLoop)
+    loop.arrivals = Arrivals(torch.device("cpu"), late=1)
+    loop.arrivals.send(Taken(3, 1e-3, 10, 10, torch.ones(1).numpy()), torch.tensor([1.0, 2.0]))
+    loop.unlogged, loop.losses, loop.step_seconds, loop.exposed_s, loop.evaluation_s = [], [], 0.0, 0.0, 0.0
+    loop.interval_start, loop.device, loop.rank, loop.nodes, loop.total_steps = 0.0, torch.device("cpu"), 0, {}, 4
+    scale = SimpleNamespace(update=lambda bad: False)
+    loop.progress = SimpleNamespace(skipped_steps=0, bad_steps=0, loss_scale=scale)
+    loop.config = SimpleNamespace(train=SimpleNamespace(max_bad_steps=5, logging_steps=100))
+    loop.order, loop.heartbeat = SimpleNamespace(steps_per_epoch=4), SimpleNamespace(metrics={})
+    loop.metrics = SimpleNamespace(write=lambda step, **values: written.append(values))
+    loop.aggregate, loop.exchanging = SimpleNamespace(overlap=False), False
+    loop._take_result = lambda wait_for_it: None
+    loop.take_result()
+    assert [values["loss"] for values in written] == [2.0]
+    assert written[0]["seconds_per_step"] > 0
+    assert loop.interval_start > loop.done

@@ -67,6 +67,8 @@ class IslandLoop(Loop):
     evaluation_s: float = 0.0
     step_seconds: float = 0.0
     contributed_step: int = 0
+    # Where this attempt began.
+    first_step: int = 0
     evaluate_next: bool = False
     evaluated_version: int = -1
     rate_at: Callable[[float], float] = lambda steps: 0.0
@@ -112,7 +114,7 @@ class IslandLoop(Loop):
         if told["same"]:
             self.version, self.shared = 0, adapter
         self.islands, self.packs, self.total_steps = told["islands"], told["packs"], told["total_steps"]
-        self.contributed_step = self.progress.step
+        self.contributed_step = self.first_step = self.progress.step
         # transformers rounds no step, so that a share of one is as good.
         self.rate_at = cast(Callable[[float], float], build_schedule(self.config.train, self.total_steps))
         self.load_newest()
@@ -174,8 +176,13 @@ class IslandLoop(Loop):
             if lease["lease"] is not None or lease["done"] or lease["stop"] or self.asked_to_stop:
                 return lease
             if lease["hold"]:
-                self.save()
-                self.hold()
+                self.save_and_hold()
+
+    def save_and_hold(self) -> None:
+        """Stand still where there is a checkpoint of this attempt to go on from; else later."""
+        self.save()
+        if self.first_step < self.progress.step == self.saved_step:
+            self.hold()
 
     @contextlib.contextmanager
     def exposed(self) -> Iterator[None]:
@@ -207,8 +214,7 @@ class IslandLoop(Loop):
             if self.writer is not None:
                 self.writer.poll()
             if self.asked_to_hold and not self.asked_to_stop:
-                self.save()
-                self.hold()
+                self.save_and_hold()
         self.log()
         pieces = first([Piece(*part) for part in lease["ranges"]], (self.progress.step - start) * self.batch_size)
         return [list(part) for part in as_ranges(pieces)], tokens

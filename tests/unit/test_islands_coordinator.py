@@ -183,3 +183,21 @@ def test_a_result_that_arrives_in_the_middle_is_no_time_of_the_steps_before() ->
     assert [values["loss"] for values in written] == [2.0]
     assert written[0]["seconds_per_step"] > 0
     assert loop.interval_start > loop.done
+
+
+@pytest.mark.parametrize(
+    ("first", "step", "bad_steps", "holds"), [(0, 0, 0, False), (8, 8, 0, False), (8, 9, 1, False), (8, 9, 0, True)]
+)
+def test_an_island_holds_still_only_where_this_attempt_has_a_checkpoint(
+    first: int, step: int, bad_steps: int, holds: bool
+) -> None:
+    """Its own coordinator takes no other step; it may be asked while it waits for its first lease."""
+    held = []
+    loop: Any = object.__new__(IslandLoop)
+    loop.first_step, loop.saved_step = first, first
+    loop.progress = SimpleNamespace(step=step, bad_steps=bad_steps)
+    loop.log, loop.hold = lambda: None, lambda: held.append(loop.progress.step)
+    loop.heartbeat = SimpleNamespace(at=lambda step, phase: None)
+    loop.strategy, loop.writer = SimpleNamespace(full_state=lambda: None), None
+    loop.save_and_hold()
+    assert held == [step] * holds

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
-import bitsandbytes.functional as bnb
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -96,6 +95,9 @@ def encode(tensors: Mapping[str, Tensor], header: Header, bits: Bits) -> bytes:
 
 
 def _quantise(padded: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
+    # Its import takes seconds and writes a line: not before somebody quantises.
+    import bitsandbytes.functional as bnb
+
     if bits == 8:
         codes, state = bnb.quantize_blockwise(padded, blocksize=BLOCK[8])
     else:
@@ -179,6 +181,8 @@ def _values(parts: Tensors, bits: Bits, sizes: list[int]) -> Tensor:
 
 def _table(bits: Bits) -> Tensor:
     """What each byte stands for: float32 [256, elements a byte]."""
+    import bitsandbytes.functional as bnb
+
     if bits == 8:
         return bnb.create_dynamic_map()[:, None]
     codes = bnb.get_4bit_type("nf4", device="cpu")

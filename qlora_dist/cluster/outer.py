@@ -108,11 +108,16 @@ def read_end(run_dir: Path) -> Outcome:
     return Outcome(told["exit_code"] or 1, told["message"] or "the coordinator ended before the run did")
 
 
+def listens_at(config: RunConfig) -> str:
+    """Where the coordinator of a `train` that starts everything listens: islands of a Ray cluster are on any node."""
+    return "127.0.0.1" if config.launch.address is None else "0.0.0.0"
+
+
 def main(config_json: str) -> int:
     """Be the coordinator that `train` has started; its output is a file."""
     config = RunConfig.model_validate_json(config_json)
     try:
-        coordinate(config, config.run_dir, "127.0.0.1", None, alone=False)
+        coordinate(config, config.run_dir, listens_at(config), None, alone=False)
     except UserError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_dist.cluster.islands import Child, Group, device_slices, island_config
 from qlora_dist.cluster.launch import launch
-from qlora_dist.cluster.outer import coordinate
+from qlora_dist.cluster.outer import coordinate, listens_at
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import load_config
 from qlora_dist.coordinate import island_messages as say
@@ -186,6 +186,13 @@ def test_each_island_gets_gpus_of_its_own_where_there_are_enough(monkeypatch: py
     assert device_slices(config) == ["GPU-a,GPU-b", "GPU-c,GPU-d"]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     assert device_slices(config) == [None, None], "they share what there is"
+
+
+def test_islands_on_a_ray_clusters_nodes_reach_the_coordinator() -> None:
+    islands = ["model.name=m", "data.train=t.jsonl", "aggregate.islands=2"]
+    assert listens_at(load_config(None, islands)) == "127.0.0.1"
+    on_a_cluster = [*islands, "launch.backend=ray", "launch.address=10.0.0.1:6379"]
+    assert listens_at(load_config(None, on_a_cluster)) == "0.0.0.0"
 
 
 def test_an_islands_own_configuration(tmp_path: Path) -> None:

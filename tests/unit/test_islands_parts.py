@@ -189,10 +189,9 @@ def test_each_island_gets_gpus_of_its_own_where_there_are_enough(monkeypatch: py
 
 
 def test_islands_on_a_ray_clusters_nodes_reach_the_coordinator() -> None:
-    islands = ["model.name=m", "data.train=t.jsonl", "aggregate.islands=2"]
-    assert listens_at(load_config(None, islands)) == "127.0.0.1"
-    on_a_cluster = [*islands, "launch.backend=ray", "launch.address=10.0.0.1:6379"]
-    assert listens_at(load_config(None, on_a_cluster)) == "0.0.0.0"
+    assert listens_at(load_config(QUICKSTART, ["aggregate.islands=2"])) == "127.0.0.1"
+    elsewhere = load_config(QUICKSTART, ["aggregate.islands=2", "launch.backend=ray", "launch.address=10.0.0.1:6379"])
+    assert listens_at(elsewhere) == "0.0.0.0"
 
 
 def test_an_islands_own_configuration(tmp_path: Path) -> None:

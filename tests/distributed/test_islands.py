@@ -25,6 +25,7 @@ from tests.distributed.test_same_training import first_adapter, rows
 
 __all__ = ["first_adapter"]
 BATCH, SYNC, STEPS, RATE = 3, 2, 8, 1e-3
+MOMENTUM = 0.9
 
 
 @pytest.fixture
@@ -108,8 +109,8 @@ def replay(base: Path, adapter: Path, events: list[Event], method: str) -> dict[
                 mean[n] += tokens / sum(tokens_of.values()) * (now[n].double() - shared[n])
         for n, change in mean.items():
             if method == "diloco":
-                momentum[n] = 0.9 * momentum[n] - change
-                change = -0.7 * (-change + 0.9 * momentum[n])
+                momentum[n] = MOMENTUM * momentum[n] - change
+                change = -0.7 * (-change + MOMENTUM * momentum[n])
             shared[n] = shared[n] + change
     return shared
 
@@ -125,7 +126,8 @@ def test_two_islands_train_what_a_replay_of_their_rounds_trains(
     method: str, strategy: str, tiny_model: Path, first_adapter: Path, data: Path, tmp_path: Path
 ) -> None:
     """The first island is of two workers where the strategy is one for several."""
-    with a_run(tmp_path, tiny_model, data, first_adapter, method=method, sync_every=SYNC) as run:
+    aggregate = {"method": method, "sync_every": SYNC, "outer_momentum": MOMENTUM}
+    with a_run(tmp_path, tiny_model, data, first_adapter, **aggregate) as run:
         run.start("coordinator")
         run.start("a", workers=1 if strategy == "none" else 2, shard={"strategy": strategy})
         run.start("b")

@@ -20,7 +20,7 @@ from tests.single import small_config
 
 PATIENCE_S = 200.0
 # Each starts four to seven processes that import torch and transformers: 20 to 40 s on two cores.
-pytestmark = pytest.mark.slow
+SLOW = pytest.mark.slow
 
 
 class Started:
@@ -86,6 +86,7 @@ def test_one_command_trains_everything(started: Started) -> None:
     assert "island  1 has left" in shown
 
 
+@SLOW
 def test_a_killed_island_and_a_killed_coordinator_are_started_again(started: Started) -> None:
     wait_until(lambda: started.rounds() >= 2, PATIENCE_S)
     started.child("1").kill()
@@ -100,6 +101,7 @@ def test_a_killed_island_and_a_killed_coordinator_are_started_again(started: Sta
     assert (status["state"], status["rounds"]["packs_trained"]) == ("finished", 60 * 2 * 2)
 
 
+@SLOW
 def test_sigterm_is_a_stop_after_what_was_trained_counts_and_the_same_command_goes_on(started: Started) -> None:
     wait_until(lambda: started.rounds() >= 2, PATIENCE_S)
     started.process.send_signal(signal.SIGTERM)
@@ -112,6 +114,7 @@ def test_sigterm_is_a_stop_after_what_was_trained_counts_and_the_same_command_go
     assert violations(started.all_events()) == []
 
 
+@SLOW
 def test_a_killed_run_takes_its_processes_with_it_and_goes_on(started: Started) -> None:
     wait_until(lambda: started.rounds() >= 2, PATIENCE_S)
     processes = family(started.process)

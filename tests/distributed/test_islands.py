@@ -15,13 +15,13 @@ import pytest
 import safetensors.torch
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers import AutoModelForCausalLM, get_scheduler
 
 from qlora_dist.aggregate.exchange import Header, encode
 from qlora_dist.coordinate.outer_address import outer_address
 from tests.distributed import islands as faults
 from tests.distributed.islands import Event, Islands, violations
-from tests.distributed.test_same_training import first_adapter, rows
+from tests.distributed.test_same_training import examples_of, first_adapter, rows
 
 __all__ = ["first_adapter"]
 BATCH, SYNC, STEPS, RATE = 3, 2, 8, 1e-3
@@ -60,20 +60,7 @@ def run_through(run: Islands) -> dict:
 
 def replay(base: Path, adapter: Path, events: list[Event], method: str) -> dict[str, torch.Tensor]:
     """The final adapter, float64."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    examples = []
-    for row in rows():
-        question = [{"role": "user", "content": row["question"]}]
-        whole = tokenizer.apply_chat_template(
-            [*question, {"role": "assistant", "content": row["answer"]}], tokenize=False
-        )
-        prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
-        encoded = tokenizer(whole, return_offsets_mapping=True, add_special_tokens=False)
-        labels = [
-            token if start >= len(prompt) and start < len(whole.rstrip()) else -100
-            for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        ]
-        examples.append((torch.tensor([encoded["input_ids"]]), torch.tensor([labels])))
+    examples = examples_of(base)
     models, optimizers = {}, {}
     factor = get_scheduler("linear", torch.optim.SGD([torch.zeros(1)], lr=1.0), 2, STEPS).lr_lambdas[0]
     for name in "ab":

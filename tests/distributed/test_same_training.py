@@ -92,18 +92,9 @@ def runs(tiny_model: Path, first_adapter: Path, tmp_path_factory: pytest.TempPat
     return train
 
 
-def plain_loop(base: Path, adapter: Path, optim: str) -> tuple[list[float], list[float]]:
-    """Transformers and PEFT, one row at a time, nothing of this project: losses and norms before clipping."""
+def examples_of(base: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The rows' token ids and labels, each [1, T], by stock transformers: only answers bear loss."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    # In evaluation bitsandbytes would compute in bf16 on CPUs that have it.
-    model = PeftModel.from_pretrained(nf4_base(base), adapter, is_trainable=True).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    rate = LEARNING_RATE[optim]
-    optimizer = (
-        torch.optim.AdamW(trained, lr=rate, weight_decay=0.01) if optim == "adamw_torch"
-        else torch.optim.SGD(trained, lr=rate)
-    )  # fmt: skip
-    scheduler = get_scheduler("linear", optimizer, 3, STEPS)
     examples = []
     for row in rows():
         question = [{"role": "user", "content": row["question"]}]
@@ -117,6 +108,21 @@ def plain_loop(base: Path, adapter: Path, optim: str) -> tuple[list[float], list
             for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         ]
         examples.append((torch.tensor([encoded["input_ids"]]), torch.tensor([labels])))
+    return examples
+
+
+def plain_loop(base: Path, adapter: Path, optim: str) -> tuple[list[float], list[float]]:
+    """Transformers and PEFT, one row at a time, nothing of this project: losses and norms before clipping."""
+    # In evaluation bitsandbytes would compute in bf16 on CPUs that have it.
+    model = PeftModel.from_pretrained(nf4_base(base), adapter, is_trainable=True).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    rate = LEARNING_RATE[optim]
+    optimizer = (
+        torch.optim.AdamW(trained, lr=rate, weight_decay=0.01) if optim == "adamw_torch"
+        else torch.optim.SGD(trained, lr=rate)
+    )  # fmt: skip
+    scheduler = get_scheduler("linear", optimizer, 3, STEPS)
+    examples = examples_of(base)
     losses, norms = [], []
     starts = [start for _ in range(STEPS) for start in range(0, ROWS, BATCH)][:STEPS]
     for start in starts:

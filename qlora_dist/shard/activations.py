@@ -21,20 +21,27 @@ GROUP_BYTES = 2**27
 def offload_activations(model: nn.Module, min_bytes: int = MIN_BYTES) -> None:
     """From now on what the model's forward saves for its backward, where it has `min_bytes` or more, lives on the host.
 
-    Parameters and views of them are left where they are: a strategy gathers and frees those.
+    Parameters and views of them are left where they are: a strategy gathers and frees those. What comes after the last
+    decoder layer stays too: the backward asks for it at once.
     """
     base = base_of(model)
     forward: Callable[..., Any] = base.forward
     classes = set(base._no_split_modules or ())
     layers = [module for module in base.modules() if type(module).__name__ in classes]
-    begins = False
+    begins = over = False
 
     def begin(*_: Any) -> None:
         nonlocal begins
         begins = True
 
+    def end(*_: Any) -> None:
+        nonlocal over
+        over = True
+
     def pack(tensor: Tensor) -> Tensor | Stored:
         nonlocal begins
+        if over:
+            return tensor
         store = store_of(tensor.device)
         if begins or (not layers and store.group_bytes >= GROUP_BYTES):
             store.begin_layer()
@@ -43,9 +50,13 @@ def offload_activations(model: nn.Module, min_bytes: int = MIN_BYTES) -> None:
 
     for layer in layers:
         layer.register_forward_pre_hook(begin)
+    if layers:
+        layers[-1].register_forward_hook(end)
 
     @wraps(forward)
     def offloading(*args: Any, **kwargs: Any) -> Any:
+        nonlocal over
+        over = False
         if not is_grad_enabled():
             return forward(*args, **kwargs)
         with saved_tensors_hooks(pack, unpack):

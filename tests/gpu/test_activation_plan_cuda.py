@@ -1,5 +1,6 @@
 """Plans made from a real GPU's memory, an out-of-memory error of its allocator, and documents by their borders."""
 
+import contextlib
 import gc
 import json
 from pathlib import Path
@@ -88,15 +89,19 @@ def test_a_real_out_of_memory_error_costs_layers_and_no_step(
     accumulate, steps = loop.accumulate_gradients, iter(range(100))
 
     def crowded(*arguments: Any) -> torch.Tensor:
-        """Before the third step all memory is taken but for 60 % of what the second one took."""
+        """Before the third step all memory is taken but for 60 % of what the second one took, in one piece."""
         step = next(steps)
         if step == 1:
             torch.cuda.reset_peak_memory_stats()
         if step == 2:
             wanted = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
             torch.cuda.empty_cache()
-            free, _ = torch.cuda.mem_get_info()
-            hoard.append(torch.empty(int(free - 0.6 * wanted), dtype=torch.uint8, device="cuda"))
+            room = torch.empty(int(0.6 * wanted), dtype=torch.uint8, device="cuda")
+            for size in (2**30, 2**26, 2**22, 2**20, 2**16):
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    while True:
+                        hoard.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+            del room
         return accumulate(*arguments)
 
     monkeypatch.setattr(loop, "accumulate_gradients", crowded)

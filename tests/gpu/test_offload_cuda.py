@@ -10,6 +10,7 @@ from torch import nn
 from qlora_dist.config.schema import AdapterConfig, ModelConfig, TrainConfig
 from qlora_dist.model.adapter import attach_adapter, trainable_parameters
 from qlora_dist.model.base import load_base
+from qlora_dist.model.host_store import store_of
 from qlora_dist.optim.on_host import CONSTANT_KEYS
 from qlora_dist.optim.optimizers import (
     build_optimizer,
@@ -118,10 +119,13 @@ def test_activations_come_back_as_they_were_and_leave_room(tmp_path: Path, check
         grads = {name: p.grad for name, p in trainable_parameters(model).items() if p.grad is not None}
         found.append((loss.detach(), grads, held))
         del model, base, loss, parameter
+    store = store_of(device)
     (loss, grads, held), (away_loss, away_grads, away_held) = found
     assert torch.equal(loss, away_loss)
     assert all(torch.equal(grads[name], gradient) for name, gradient in away_grads.items())
-    assert away_held < held / 3, (away_held, held)
+    # Two layers' worth may be on its way, and what comes after the last layer stays.
+    told = {"away": away_held, "here": held, "moved": store.moved, "largest": store.largest_group}
+    assert held - away_held > 0.6 * (held - 8 * 512 * 512 * 8), told
 
 
 @pytest.mark.parametrize("train", [{}, {"gradient_checkpointing": True}])

@@ -266,8 +266,9 @@ class OuterCoordinator(OuterLoop):
     def evaluated(self, version: int, eval_loss: float) -> Answer:
         """The held-out loss of a version."""
         version, eval_loss = int(version), float(eval_loss)
-        with self.decisions.deciding():
-            self.decisions.decide("evaluated", version=version, eval_loss=eval_loss)
+        if math.isfinite(eval_loss):
+            with self.decisions.deciding():
+                self.decisions.decide("evaluated", version=version, eval_loss=eval_loss)
         self.report.metrics.write(version, eval_loss=eval_loss)
         return {}
 

@@ -21,7 +21,10 @@ from qlora_dist.track.metrics import MetricsLog, read_metrics
 # Adapters train in fp32, and data-parallel workers sum these gradients.
 GRADIENT_DTYPE = torch.float32
 # What islands tell (`train.island.Told`): of a lease, and of all that their session has moved.
-TOLD = ("steps", "loss", "first_loss", "last_loss", "bytes_sent", "bytes_received")
+TOLD = ("steps", "bytes_sent", "bytes_received")
+MOST_FIGURE = 1e18
+# A loss may be NaN: null in the log.
+LOSSES = ("loss", "first_loss", "last_loss")
 SESSION = ("session_bytes_sent", "session_bytes_received", "session_steps")
 MEANS = ("exchange_seconds", "exposed_seconds", "seconds_per_step")
 
@@ -57,16 +60,19 @@ class RoundReport:
             told = one.facts["told"]
             traffic = self._traffic(told["bytes_sent"], told["bytes_received"], told["steps"])
             islands[one.island] = {**told, "tokens": one.tokens, **traffic}
-        tokens = sum(one.tokens for one in counted)
         told_of = [one.facts["told"] for one in counted]
+        with_loss = [one for one in counted if one.facts["told"]["loss"] is not None]
+        tokens_with_loss = sum(one.tokens for one in with_loss)
         metrics: dict[str, Any] = {
             "round": number,
             "participants": len({one.island for one in counted}),
-            "tokens": tokens,
+            "tokens": sum(one.tokens for one in counted),
             "packs": sum(count(one.pieces) for one in counted),
             "late": sum(one.round < number for one in counted),
             "refused": len(refused),
-            "loss": sum(one.facts["told"]["loss"] * one.tokens for one in counted) / tokens,
+            "loss": sum(one.facts["told"]["loss"] * one.tokens for one in with_loss) / tokens_with_loss
+            if with_loss
+            else None,
             "train_loss_before": _mean([told["last_loss"] for told in told_of]),
             "first_loss": _mean([told["first_loss"] for told in told_of]),
             "update_norm": norm_of(change_of(after.exact, before.exact)),
@@ -146,8 +152,9 @@ def check_told(told: Any) -> None:
     """Raise a ValueError where the figures of a contribution are not those that a round's record needs."""
     check_session_told(told)
     _check_numbers(told, (*TOLD, *MEANS))
+    _check_numbers(told, LOSSES, finite=False)
     if told.get("eval_loss_before") is not None:
-        _check_numbers(told, ("eval_loss_before",))
+        _check_numbers(told, ("eval_loss_before",), finite=False)
 
 
 def check_session_told(told: Any) -> None:
@@ -155,13 +162,17 @@ def check_session_told(told: Any) -> None:
     _check_numbers(told, SESSION)
 
 
-def _check_numbers(told: Any, names: Sequence[str]) -> None:
+def _check_numbers(told: Any, names: Sequence[str], finite: bool = True) -> None:
     if not isinstance(told, dict):
         raise ValueError("it tells no figures")
     for name in names:
         if isinstance(told.get(name), bool) or not isinstance(told.get(name), int | float):
             raise ValueError(f"its figure {name} is no number")
+        no_loss = not finite and isinstance(told[name], float) and not math.isfinite(told[name])
+        if not no_loss and not abs(told[name]) <= MOST_FIGURE:
+            raise ValueError(f"its figure {name} is beyond all measure")
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -89,12 +90,14 @@ class EventLog:
     def append(self, event: Event) -> None:
         """Write one event and wait until it is on the disk. The calling thread must hold the lock.
 
+        Numbers that are not finite become null, which JSON can hold.
+
         Raises:
             OSError: nothing was appended (a part that was written has been taken back, or is ignored as a torn tail).
         """
         if self._owner != threading.get_ident():
             raise RuntimeError("an event is appended only while the log is locked")
-        line = json.dumps(event).encode() + b"\n"
+        line = json.dumps(_finite(event), allow_nan=False).encode() + b"\n"
         is_new = not self.path.exists()
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
@@ -144,6 +147,14 @@ class EventLog:
                 logger.warning("%s: the line at byte %d is damaged and is left out", self.path, self._offset)
             self._offset += len(line)
         return events
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _cut_torn_tail(descriptor: int, path: Path) -> int:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, attempt: int, resume_step: int, sinks: Sequence[SinkThread] = ()):
         self.attempt, self.sinks = attempt, sinks
+        self._writing = threading.Lock()
         path = run_dir / FILE
         replacement = path.with_suffix(".jsonl.new")
         kept = [record for record in read_metrics(run_dir) if resume_step and record["step"] <= resume_step]
@@ -39,12 +41,13 @@ class MetricsLog:
             self._feed(record)
 
     def write(self, step: int, **values: float | int | bool | None) -> None:
-        """Append one record; a value that is not finite becomes null, which JSON can hold."""
+        """Append one record; a value that is not finite becomes null, which JSON can hold. Any thread may call it."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        record = {"step": step, "attempt": self.attempt, "time": round(time.time(), 3), **finite}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        self._feed(record)
+        with self._writing:
+            record = {"step": step, "attempt": self.attempt, "time": round(time.time(), 3), **finite}
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+            self._feed(record)
 
     def close(self, adapter: Path | None = None) -> None:
         """Write what is buffered through to the disk, and end the sinks; `adapter` is the final adapter's folder."""

@@ -1,6 +1,7 @@
 """The event log: whole lines, torn tails, the lock."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -121,3 +122,10 @@ def test_a_stopped_holder_of_the_lock_is_named_and_its_death_frees_the_lock(tmp_
     finally:
         child.kill()
         child.wait()
+
+
+def test_what_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    append(log, loss=math.nan, told={"each": [1.5, -math.inf], "steps": 3})
+    json.loads((tmp_path / "events.jsonl").read_text(), parse_constant=pytest.fail)
+    assert log.read_new()[0] == {"kind": "note", "loss": None, "told": {"each": [1.5, None], "steps": 3}}

@@ -1,6 +1,8 @@
 """The coordinator of islands in this process: what a stranger, a second coordinator or a dead island could do to it."""
 
 import io
+import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,8 +88,12 @@ def test_no_message_names_a_file_elsewhere(name: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "told", [{}, None, TOLD | {"loss": None}, TOLD | {"session_steps": "1"}, TOLD | {"steps": True}]
-)
+    "told",
+    [
+        {}, None, TOLD | {"loss": None}, TOLD | {"session_steps": "1"}, TOLD | {"steps": True},
+        TOLD | {"steps": math.inf}, TOLD | {"bytes_sent": math.nan}, TOLD | {"loss": 10**400},
+    ],
+)  # fmt: skip
 def test_figures_that_no_report_could_be_made_of_are_refused_before_they_are_in_the_log(
     told: Any, tmp_path: Path
 ) -> None:
@@ -100,6 +106,21 @@ def test_figures_that_no_report_could_be_made_of_are_refused_before_they_are_in_
     assert contribute(one, "a")["accepted"]
     one._close_round("deadline", one.decisions.run.rounds.collect())
     assert one.decisions.run.rounds.counted == {1: 0}
+
+
+def test_losses_that_are_not_finite_are_null_in_the_log_and_in_no_mean(tmp_path: Path) -> None:
+    one = begun(tmp_path)
+    nothing = dict.fromkeys(("loss", "first_loss", "last_loss", "eval_loss_before"), math.nan)
+    assert contribute(one, "a", TOLD | nothing)["accepted"]
+    assert contribute(one, "b", TOLD | {"loss": 2.5})["accepted"]
+    one.handle("evaluated", version=0, eval_loss=math.nan)
+    one._close_round("everyone", one.decisions.run.rounds.collect())
+    last = one.decisions.run.rounds.last
+    assert last is not None
+    assert (last["facts"]["metrics"]["loss"], last["facts"]["metrics"]["train_loss_before"]) == (2.5, 1)
+    assert one.report.summary(one.decisions.run, tmp_path)["best_eval_loss"] is None
+    for line in (tmp_path / "events.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
 
 
 def test_a_coordinator_that_was_taken_for_dead_commits_nothing(tmp_path: Path) -> None:

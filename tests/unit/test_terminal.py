@@ -3,7 +3,11 @@
 import io
 import json
 import re
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -87,6 +91,28 @@ def test_metrics_hold_null_for_what_is_not_finite(tmp_path: Path) -> None:
     log.close()
     (record,) = read_metrics(tmp_path)
     assert (record["loss"], record["grad_norm"], record["learning_rate"]) == (None, None, 0.1)
+
+
+def test_threads_write_whole_records_one_after_another(tmp_path: Path) -> None:
+    """Messages of islands are answered in threads of the coordinator's service."""
+    at_work: list[int] = []
+    together: list[list[int]] = []
+
+    class Sink:
+        def write(self, record: Mapping[str, Any]) -> None:
+            at_work.append(record["step"])
+            time.sleep(0.01)
+            together.append([*at_work])
+            at_work.remove(record["step"])
+
+        def close(self, adapter: Path | None) -> None:
+            """Nothing to do."""
+
+    log = MetricsLog(tmp_path, 1, 0, [Sink()])  # type: ignore[list-item]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda step: log.write(step, loss=0.5), range(8)))
+    assert all(len(steps) == 1 for steps in together)
+    assert sorted(record["step"] for record in read_metrics(tmp_path)) == list(range(8))
 
 
 def test_an_earlier_attempt_that_wakes_up_writes_where_nobody_reads(tmp_path: Path) -> None:

@@ -107,7 +107,13 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("method", "strategy"),
-    [("diloco", "ddp"), pytest.param("mean", "none", marks=SLOW), pytest.param("diloco", "fsdp", marks=SLOW)],
+    [
+        ("diloco", "ddp"),
+        pytest.param("mean", "none", marks=SLOW),
+        pytest.param("diloco", "fsdp", marks=SLOW),
+        pytest.param("mean", "zero2", marks=SLOW),
+        pytest.param("diloco", "zero3", marks=SLOW),
+    ],
 )
 def test_two_islands_train_what_a_replay_of_their_rounds_trains(
     method: str, strategy: str, tiny_model: Path, first_adapter: Path, data: Path, tmp_path: Path

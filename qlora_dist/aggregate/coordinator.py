@@ -43,6 +43,11 @@ MOST_WAIT_S = 20.0
 BEGINNER_S = 120.0
 # Of what an island trains with, what may differ from the others'.
 OWN = {"train.global_batch_size"}
+# Beyond what any run has; before it has begun nobody knows its adapter's size.
+MOST_START_BYTES = 32 << 30
+MOST_PACKS = 1 << 40
+MOST_TOKENS = 1 << 50
+MOST_BATCH = 1 << 16
 
 
 class OuterCoordinator(OuterLoop):
@@ -119,6 +124,11 @@ class OuterCoordinator(OuterLoop):
         self, run: Run, start: str, data: bytes, file: str, zeros: dict[str, list[int]], identity: dict[str, Any],
         num_packs: int, adapter_config: str, compute: str,
     ) -> None:  # fmt: skip
+        _check_number("num_packs", num_packs, MOST_PACKS)
+        sizes = [size for shape in zeros.values() for size in shape]
+        if any(type(size) is not int or size < 0 for size in sizes):
+            raise ValueError("a shape in zeros is wrong")
+        _check_number("the size of zeros", 1 + sum(map(math.prod, zeros.values())), MOST_START_BYTES // 4)
         message = decode(data)
         base = message.header.base
         adapter = message.tensors | {name: torch.zeros(shape) for name, shape in zeros.items()}
@@ -157,6 +167,7 @@ class OuterCoordinator(OuterLoop):
             Its answer, with {"stop": the run is to end, "before": how many packs earlier rounds took, "present": how
             many islands there are, "evaluates": whether it is this island's to measure held-out losses}.
         """
+        _check_number("packs", packs, MOST_BATCH * self.config.aggregate.sync_every)
 
         def ask() -> tuple[Answer, bool]:
             with self.decisions.deciding() as run:
@@ -192,6 +203,7 @@ class OuterCoordinator(OuterLoop):
             Its answer, with {"missing": True where the file has to be sent again}.
         """
         path = contribution_path(self.run_dir, file)
+        _check_number("tokens", tokens, MOST_TOKENS, least=0)
         with self.decisions.memory:
             known = lease in self.decisions.run.rounds.contributions or lease in self.decisions.run.rounds.counted
         try:
@@ -207,6 +219,9 @@ class OuterCoordinator(OuterLoop):
         except ValueError as error:
             reason = reason or f"island {island}: {error}"
         with self.decisions.deciding() as run:
+            if not known and not path.exists():
+                # It lay there for so long that it was removed meanwhile.
+                return {"accepted": False, "reason": None, "round": None, "missing": True}
             facts = {"file": file, "sha256": hashlib.sha256(data or b"").hexdigest(), "bytes": len(data or b"")}
             decision = say.contribute(
                 run.rounds, self.terms(run), island, session, lease, trained, tokens, time.time(), reason,
@@ -302,6 +317,8 @@ class OuterCoordinator(OuterLoop):
             elements = sum(tensor.numel() for tensor in self.version.exact.values())
             if size > 5 * elements + (64 << 20):
                 raise ValueError(f"{size} bytes are too many for a message of {elements} elements")
+        elif size > MOST_START_BYTES:
+            raise ValueError(f"{size} bytes are too many for an adapter to start from")
         take_contribution(self.run_dir, name, stream, size)
 
     def give(self, name: str) -> Path | None:
@@ -327,6 +344,11 @@ class OuterCoordinator(OuterLoop):
             with self.changed:
                 # A person's wish to stop is an event that another process has written.
                 self.changed.wait_for(lambda seen=seen: self.changes != seen, min(left_s, 1.0))  # type: ignore[misc]
+
+
+def _check_number(name: str, value: Any, most: int, least: int = 1) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} is to be a number from {least} to {most}, not {str(value)[:40]}")
 
 
 def _packs_before(rounds: Rounds, round: int | None) -> int:

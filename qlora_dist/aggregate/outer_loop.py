@@ -61,6 +61,8 @@ class OuterLoop:
         self.messages: dict[int, Message] = {}
         self.changed = threading.Condition()
         self.changes = 0
+        # What was sent and no message had followed when the last round was closed.
+        self.unfollowed: set[str] = set()
         # The round that is being aggregated.
         self.closing: int | None = None
         # Who was asked for the adapter to start from, and when.
@@ -175,6 +177,7 @@ class OuterLoop:
         if oldest != before.folder:
             shutil.rmtree(self.run_dir / ROUNDS / oldest, ignore_errors=True)
         self._forget(collected)
+        self._drop_unfollowed()
         self._write_status(at_once=True)
 
     def _check_alone(self, run: Run, following: Version | None = None) -> None:
@@ -201,6 +204,15 @@ class OuterLoop:
             if one.lease not in self.decisions.run.rounds.contributions:
                 self.messages.pop(one.lease, None)
                 (self.run_dir / CONTRIBUTIONS / one.facts["file"]).unlink(missing_ok=True)
+
+    def _drop_unfollowed(self) -> None:
+        """Remove what was sent more than a round ago and no message has followed; an island that is late sends anew."""
+        with self.decisions.deciding() as run:
+            named = {one.facts["file"] for one in run.rounds.contributions.values()}
+            found = {path.name for path in (self.run_dir / CONTRIBUTIONS).glob("[!.]*")} - named
+            for name in found & self.unfollowed:
+                (self.run_dir / CONTRIBUTIONS / name).unlink(missing_ok=True)
+            self.unfollowed = found - self.unfollowed
 
     def _message_of(self, contribution: Contribution) -> Message | str:
         """What was sent, or why it cannot be read again."""

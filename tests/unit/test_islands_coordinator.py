@@ -108,6 +108,52 @@ def test_figures_that_no_report_could_be_made_of_are_refused_before_they_are_in_
     assert one.decisions.run.rounds.counted == {1: 0}
 
 
+def test_numbers_beyond_any_run_are_refused(tmp_path: Path) -> None:
+    new = coordinator(tmp_path / "new")
+    with pytest.raises(ValueError, match="too many for an adapter"):
+        new.take("start", io.BytesIO(), 1 << 40)  # type: ignore[arg-type]
+    file = send(new, "start", {A: ADAPTER[A]}, Header("adapter", "a", 0, 0, 0, BASE))
+    what = {"file": file, "zeros": {B: [4, 2]}, "identity": {}, "num_packs": 8, "adapter_config": "{}", "compute": ""}
+    for wrong in ({"num_packs": 1 << 50}, {"num_packs": 0}, {"num_packs": 1.5}, {"zeros": {B: [1 << 40, 1 << 40]}},
+                  {"zeros": {B: [-4, -2]}}):  # fmt: skip
+        with pytest.raises(ValueError, match=r"is to be a number from 1 to|a shape in zeros"):
+            new.handle("begin", island="a", start=digest(ADAPTER), **(what | wrong))
+    one = begun(tmp_path / "run")
+    with pytest.raises(ValueError, match="too many for a message of 14 elements"):
+        one.take("x", io.BytesIO(), 1 << 30)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="packs is to be a number"):
+        one.handle("lease", island="a", session="a", packs=1 << 40)
+    arguments = {"island": "a", "session": "a", "lease": 1, "trained": [[0, 2]], "file": "x", "told": TOLD}
+    with pytest.raises(ValueError, match="tokens is to be a number"):
+        one.handle("contribute", tokens=1 << 60, **arguments)
+
+
+def test_what_was_sent_and_never_named_goes_when_its_round_is_over(tmp_path: Path) -> None:
+    one = begun(tmp_path)
+    contributions = tmp_path / "contributions"
+    send(one, "1-never-named", {A: ADAPTER[A]}, Header("change", "a", 0, 1, 5, BASE))
+    contribute(one, "a")
+    one._close_round("quorum", one.decisions.run.rounds.collect())
+    assert [path.name for path in contributions.iterdir()] == ["1-never-named"], "its message may be on its way"
+    contribute(one, "b")
+    one._close_round("everyone", one.decisions.run.rounds.collect())
+    assert list(contributions.iterdir()) == []
+
+
+def test_a_message_whose_file_was_removed_while_it_was_read_asks_for_it_again(tmp_path: Path) -> None:
+    one = begun(tmp_path)
+    examine = one._examine
+
+    def slowly(*arguments: Any) -> Any:
+        answer = examine(*arguments)
+        (tmp_path / "contributions" / "1-x").unlink()
+        return answer
+
+    one._examine = slowly  # type: ignore[method-assign]
+    assert contribute(one, "a")["missing"]
+    assert one.decisions.run.rounds.contributions == {}
+
+
 def test_losses_that_are_not_finite_are_null_in_the_log_and_in_no_mean(tmp_path: Path) -> None:
     one = begun(tmp_path)
     nothing = dict.fromkeys(("loss", "first_loss", "last_loss", "eval_loss_before"), math.nan)

@@ -5,6 +5,7 @@ One request: `POST /call` with `Authorization: Bearer TOKEN` and
 A coordinator that takes and gives files has them at `/files/NAME`, by PUT and GET.
 """
 
+import contextlib
 import hmac
 import json
 import logging
@@ -29,6 +30,8 @@ REMEMBERED_REQUESTS = 1024
 # Messages that are not to be acted on twice; the others do no harm when they come again.
 ONCE = frozenset({"start_job", "commit", "fail", "finish", "request_stop", "should_restart", "note"})
 SOCKET_TIMEOUT_S = 30.0
+# A refused body is read to its end, so that whoever sends it comes to read why, but not for longer than this.
+REFUSED_BODY_S = 300.0
 FILES = "/files/"
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 Reply = tuple[int, dict[str, Any]]
@@ -137,7 +140,7 @@ class CoordinatorService:
         if not length.isascii() or not length.isdigit():
             return 411, {"error": "Content-Length is needed"}
         try:
-            self._files.take(name, request.rfile, int(length))
+            self._files.take(name, request.body, int(length))
         except UserError as error:
             return 422, {"error": error.to_dict(), "kind": "user"}
         except ValueError as error:
@@ -165,7 +168,7 @@ class CoordinatorService:
         if int(length) > MAX_BODY_BYTES:
             return 413, {"error": f"more than {MAX_BODY_BYTES} bytes"}
         try:
-            message = json.loads(request.rfile.read(int(length)))
+            message = json.loads(request.body.read(int(length)))
             method, arguments, request_id = message["method"], message["arguments"], message.get("request_id")
             if not isinstance(method, str) or not isinstance(arguments, dict):
                 raise TypeError
@@ -200,10 +203,30 @@ class CoordinatorService:
             return 500, {"error": f"{method}: {type(error).__name__}: {error}", "kind": "error"}
 
 
+class _Body(BufferedIOBase):
+    """A request's body: reads no further than its end."""
+
+    def __init__(self, stream: BufferedIOBase, size: int):
+        self._stream, self._left = stream, size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        wanted = self._left if size is None or size < 0 else min(size, self._left)
+        data = self._stream.read(wanted) if wanted else b""
+        self._left -= len(data)
+        return data
+
+    def skip(self) -> None:
+        """Read what is left, and forget it."""
+        deadline = time.monotonic() + REFUSED_BODY_S
+        while self._left and time.monotonic() < deadline and self.read(1 << 20):
+            pass
+
+
 class _Handler(BaseHTTPRequestHandler):
     timeout = SOCKET_TIMEOUT_S
     server_version = "qlora-dist"
     sys_version = ""
+    body: _Body
 
     def answer(self) -> Reply:
         raise NotImplementedError
@@ -232,10 +255,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _reply(self, act: Callable[[], Reply]) -> None:
         started = time.monotonic()
+        length = self.headers.get("Content-Length", "")
+        self.body = _Body(self.rfile, int(length) if length.isascii() and length.isdigit() else 0)
         status, answer = act()
         body = json.dumps(answer).encode()
         self._head(status, "application/json", len(body))
         self.wfile.write(body)
+        with contextlib.suppress(OSError):  # whoever has read the answer may be gone
+            self.body.skip()
         logger.debug("%s %s %d %.3f s", self.client_address[0], self.path, status, time.monotonic() - started)
 
     def _head(self, status: int, kind: str, size: int) -> None:

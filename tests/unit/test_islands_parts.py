@@ -134,6 +134,23 @@ def test_files_go_over_the_service_and_every_byte_is_counted(tmp_path: Path) -> 
         service.stop()
 
 
+def test_whoever_sends_what_is_refused_reads_why(tmp_path: Path) -> None:
+    """Also where the body is larger than what sockets hold: it is read to its end."""
+    shelf = Shelf(tmp_path)
+    service = CoordinatorService(shelf, "token", files=shelf)
+    try:
+        client = HttpClient(service.url, "token", patience_s=0.0)
+        for name, told in (("big", "big: too large"), (".hidden", "there is no such file here")):
+            with pytest.raises(CoordinatorError, match=told):
+                client.put_file(name, bytes(32 << 20))
+        with pytest.raises(UserError, match="token"):
+            HttpClient(service.url, "wrong", patience_s=0.0).put_file("big", bytes(32 << 20))
+        with pytest.raises(CoordinatorError, match="413"):
+            client.call("note", text="x" * (32 << 20))
+    finally:
+        service.stop()
+
+
 def take(rounds: Rounds, decision: Decision) -> dict:
     for event in decision.events:
         rounds.apply(event)

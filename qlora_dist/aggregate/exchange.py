@@ -7,6 +7,7 @@ element. Decoding is one table look-up and one float32 product an element, so th
 whoever applies the same messages to the same adapter holds the same adapter.
 """
 
+import contextlib
 import json
 import math
 import zlib
@@ -25,6 +26,8 @@ FORMAT = 1
 Bits = Literal[4, 8, 16, 32]
 # Elements that share a scale.
 BLOCK = {8: 256, 4: 128}
+# Elements that are quantised at once: whole blocks, 4 MiB in fp32.
+PIECE = 1 << 20
 PLAIN = {32: torch.float32, 16: torch.bfloat16}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_HEADER_BYTES = 1 << 24
@@ -69,12 +72,16 @@ class Message(NamedTuple):
     sizes: Sizes
 
 
-def encode(tensors: Mapping[str, Tensor], header: Header, bits: Bits) -> bytes:
+def encode(tensors: Mapping[str, Tensor], header: Header, bits: Bits, device: torch.device | None = None) -> bytes:
     """Tensors of float32, bf16 or fp16 as a message of so many bits an element.
 
-    Quantises on the device where the tensors are (bitsandbytes' 4-bit quantiser takes 0.1 us an element on one CPU
-    core). Where an element is not finite its whole block is not, so that the receiver sees it (bitsandbytes' 8-bit
-    kernel for CPUs would make a finite number of a NaN).
+    Where an element is not finite its whole block is not, so that the receiver sees it (bitsandbytes' 8-bit kernel for
+    CPUs would make a finite number of a NaN).
+
+    Args:
+        device: quantises tensors on the CPU there (bitsandbytes' 4-bit quantiser takes 0.1 us an element on one CPU
+            core), a piece of `PIECE` elements after another, since a step may have left little of a GPU's memory.
+            None quantises where the tensors are.
     """
     names = sorted(tensors)
     layout = [[name, list(tensors[name].shape), str(tensors[name].dtype).removeprefix("torch.")] for name in names]
@@ -83,26 +90,36 @@ def encode(tensors: Mapping[str, Tensor], header: Header, bits: Bits) -> bytes:
     if bits in PLAIN:
         parts["values"] = torch.cat([part.to(PLAIN[bits]) for part in flat]).cpu()
     else:
-        block = BLOCK[bits]
-        padded = torch.cat([torch.nn.functional.pad(part.float(), (0, -len(part) % block)) for part in flat])
-        codes, scales = _quantise(padded, bits)
-        finite = padded.view(-1, block).isfinite().all(1)
-        parts["values"] = codes.reshape(-1).cpu()
-        parts["scales"] = torch.where(finite, scales, torch.nan).to(torch.bfloat16).cpu()
+        with _own_stream(device):
+            pieces = [_quantise(piece.to(device or piece.device), bits) for part in flat for piece in part.split(PIECE)]
+        parts["values"] = torch.cat([codes for codes, _ in pieces])
+        parts["scales"] = torch.cat([scales for _, scales in pieces])
     text = json.dumps({"format": FORMAT, **asdict(header), "bits": bits, "layout": layout}).encode()
     parts["header"] = torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8)
     return safetensors.torch.save(parts)
 
 
-def _quantise(padded: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
+def _own_stream(device: torch.device | None) -> contextlib.AbstractContextManager[Any]:
+    # In the stream of training each piece would wait for all steps that are queued there.
+    if device is None or device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))
+
+
+def _quantise(piece: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
+    """One dimension's codes, uint8, and the scales of its blocks, bf16, both on the CPU."""
+    if not len(piece):
+        return torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.bfloat16)
     # Its import takes seconds and writes a line: not before somebody quantises.
     import bitsandbytes.functional as bnb
 
+    padded = torch.nn.functional.pad(piece.float(), (0, -len(piece) % BLOCK[bits]))
     if bits == 8:
         codes, state = bnb.quantize_blockwise(padded, blocksize=BLOCK[8])
     else:
         codes, state = bnb.quantize_4bit(padded, blocksize=BLOCK[4], quant_type="nf4")
-    return codes, state.absmax
+    finite = padded.view(-1, BLOCK[bits]).isfinite().all(1)
+    return codes.reshape(-1).cpu(), torch.where(finite, state.absmax, torch.nan).to(torch.bfloat16).cpu()
 
 
 def decode(data: bytes) -> Message:
@@ -215,16 +232,21 @@ class Encoder:
         self.bits = bits
         self.residual = dict(residual or {})
 
-    def encode(self, change: Mapping[str, Tensor], header: Header) -> tuple[bytes, Tensors]:
+    def encode(
+        self, change: Mapping[str, Tensor], header: Header, device: torch.device | None = None
+    ) -> tuple[bytes, Tensors]:
         """The message, and what its receiver will decode (float32).
 
         A change that is not finite is sent as it is, and leaves no residual behind.
+
+        Args:
+            device: see `encode`.
         """
         whole = {
             name: tensor.detach().float() + (self.residual[name].to(tensor.device) if name in self.residual else 0.0)
             for name, tensor in change.items()
         }
-        data = encode(whole, header, self.bits)
+        data = encode(whole, header, self.bits, device)
         decoded = decode(data).tensors
         if self.bits != 32 and all(bool(tensor.isfinite().all()) for tensor in whole.values()):
             self.residual = {name: whole[name].cpu() - decoded[name] for name in whole}

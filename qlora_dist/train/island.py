@@ -207,8 +207,7 @@ class Island:
     ) -> tuple[int | None, str | None]:
         """Send a contribution; the round that counts it, or None and why none does."""
         header = Header("change", self.name, lease["round"], lease["lease"], tokens, self.base)
-        on_device = change if self.encoder.bits in (16, 32) else {n: t.to(self.device) for n, t in change.items()}
-        data, _ = self.encoder.encode(on_device, header)
+        data, _ = self.encoder.encode(change, header, self.device)
         while True:
             file = self._send(data, str(lease["lease"]))
             sent, received = self.client.sent, self.client.received

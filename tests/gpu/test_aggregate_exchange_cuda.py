@@ -37,3 +37,17 @@ def test_error_feedback_holds_on_a_gpu() -> None:
         sent += encoder.encode({name: tensor.cuda() for name, tensor in this.items()}, HEADER)[1]["x"]
     torch.testing.assert_close(true - sent, encoder.residual["x"], rtol=0, atol=1e-4)
     assert float((true - sent).norm() / true.norm()) < 0.05
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_adapter_in_host_memory_takes_next_to_nothing_of_a_gpu(bits: int) -> None:
+    """64 MiB of it, quantised in pieces of 4 MiB."""
+    device, generator = torch.device("cuda"), torch.Generator().manual_seed(0)
+    tensors = {"x": torch.randn(64, 1 << 18, generator=generator)}
+    encode(change(0), HEADER, bits, device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    data = encode(tensors, HEADER, bits, device)
+    assert torch.cuda.max_memory_allocated() - before < 16 << 20
+    here = decode(encode(tensors, HEADER, bits)).tensors["x"]
+    assert float((decode(data).tensors["x"] != here).float().mean()) < 0.01

@@ -1,15 +1,18 @@
 """The compressed exchange: what a message holds, what it costs, what rounding does to the sum of many."""
 
 import json
+import math
 import pickle
 import random
 import zlib
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import pytest
 import safetensors.torch
 import torch
 
+from qlora_dist.aggregate import exchange
 from qlora_dist.aggregate.changes import Tensors
 from qlora_dist.aggregate.exchange import BLOCK, Encoder, Header, Message, decode, encode
 
@@ -51,6 +54,26 @@ def test_a_message_comes_back_with_its_header_names_shapes_and_dtypes(bits: int)
     assert {n: (t.shape, t.dtype) for n, t in message.tensors.items()} == {
         n: (t.shape, t.dtype) for n, t in tensors.items()
     }
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_is_quantised_in_pieces_is_what_it_is_at_once(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU holds one piece at a time, of an adapter whose tensors are larger."""
+    tensors = {**adapter(), **odd()}
+    tensors["whole"][1, 3] = math.nan
+    at_once = encode(tensors, HEADER, bits)
+    largest = []
+    for name in ("quantize_blockwise", "quantize_4bit"):
+        quantise = getattr(bnb, name)
+
+        def counting(piece: torch.Tensor, quantise: Any = quantise, **settings: Any) -> Any:
+            largest.append(piece.numel())
+            return quantise(piece, **settings)
+
+        monkeypatch.setattr(bnb, name, counting)
+    monkeypatch.setattr(exchange, "PIECE", 256)
+    assert encode(tensors, HEADER, bits, torch.device("cpu")) == at_once
+    assert max(largest) == 256
 
 
 def test_32_bits_are_exact_and_16_are_bf16() -> None:

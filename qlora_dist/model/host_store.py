@@ -21,8 +21,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 MIN_BYTES = 2**20
 # A small part of something large stays too: it is the large one's to say where it lives.
 LARGEST_PART = 8
-# Pinned memory is taken from the system in such pieces, and never given back.
-SLAB_BYTES, ALIGNED = 2**28, 4096
+# Pinned memory is taken from the system in such pieces, and never given back: powers of two, since PyTorch rounds up to
+# them, and many tensors' worth, since the end of one that is too short for the next tensor is lost.
+FIRST_SLAB_BYTES, SLAB_BYTES, ALIGNED = 2**28, 2**30, 4096
 
 
 @dataclass(eq=False)
@@ -60,8 +61,12 @@ class PinnedMemory:
             return self.free.pop(place)
         size = -(-nbytes // ALIGNED) * ALIGNED
         if size > self.rest.numel():
-            self.rest = torch.empty(max(size, SLAB_BYTES), dtype=torch.uint8, pin_memory=self.pinned)
-            self.taken += self.rest.numel()
+            if self.rest.numel():
+                bisect.insort(self.free, Slot(self.rest), key=lambda slot: slot.size)
+            least = min(FIRST_SLAB_BYTES, SLAB_BYTES) if self.taken < SLAB_BYTES else SLAB_BYTES
+            slab = max(least, 1 << (size - 1).bit_length())
+            self.rest = torch.empty(slab, dtype=torch.uint8, pin_memory=self.pinned)
+            self.taken += slab
         slot, self.rest = Slot(self.rest[:size]), self.rest[size:]
         return slot
 
@@ -104,7 +109,9 @@ class HostStore:
     """What the forwards of a device's layers have put on the host, in that order.
 
     leaving: whose memory on the device is still held for the copy. coming: fetched, and not yet waited for. Of both
-    there are never more than two layers' worth. moved: bytes put since it was made.
+    there are never more than two layers' worth: of the largest layer of the forward before and of this one so far, so
+    that a forward like the one before waits no sooner in its first layers than in its last. moved: bytes put since it
+    was made.
     """
 
     def __init__(self, device: torch.device):
@@ -117,10 +124,14 @@ class HostStore:
         self.known: dict[tuple[int, int], tuple[StorageWeakRef, weakref.ref[Kept]]] = {}
         self.leaving: deque[Kept] = deque()
         self.coming: list[Kept] = []
-        self.group = self.group_bytes = self.largest_group = self.leaving_bytes = 0
+        self.group = self.group_bytes = self.leaving_bytes = 0
+        self.largest_group = self.largest_before = 0
+        self.backward = False
 
     def begin_layer(self) -> None:
-        """What is put from now on is another layer's."""
+        """What is put from now on is another layer's, the first of a forward if a backward was the last to ask."""
+        if self.backward:
+            self.backward, self.largest_before, self.largest_group = False, self.largest_group, 0
         self.group, self.group_bytes = self.group + 1, 0
         self.known.clear()
         self._forget_the_used()
@@ -148,7 +159,7 @@ class HostStore:
         """The tensor on its device, once the computation gets there; what the layer before it needs is sent for."""
         if isinstance(stored, Tensor):
             return stored
-        kept = stored.kept
+        kept, self.backward = stored.kept, True
         if kept.source is not None:
             # Among the last: its memory was not let go yet.
             kept.back = kept.source
@@ -170,7 +181,7 @@ class HostStore:
         while self.leaving:
             self._let_go(self.leaving[0])
         self._stop_waiting()
-        self.largest_group = 0
+        self.largest_group = self.largest_before = 0
 
     def _stop_waiting(self) -> None:
         for kept in self.coming:
@@ -208,7 +219,7 @@ class HostStore:
         self.leaving_bytes += kept.size
         self.group_bytes += kept.size
         self.largest_group = max(self.largest_group, self.group_bytes)
-        while self.leaving_bytes > 2 * self.largest_group:
+        while self.leaving_bytes > 2 * max(self.largest_group, self.largest_before):
             self._let_go(self.leaving[0])
         return kept
 

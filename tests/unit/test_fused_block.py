@@ -6,7 +6,7 @@ reference; 1e-6 of the norm of all gradients is a few roundings of fp32 (6e-8; a
 difference of large numbers).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -281,6 +281,45 @@ def test_what_is_needed_next_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> N
         small.append(store.put(torch.zeros(1)))
     assert [one.kept.source is None for one in small] == [True, True, False, False]
     assert len(store.memory.free) + len(store.memory.returned) + len(small) == 12
+
+
+def test_what_may_be_under_way_is_two_of_the_largest_layers_of_this_model() -> None:
+    """Of one whose layers differ too, in its first forward and later; a model before it with larger ones is over."""
+    store = HostStore(torch.device("cpu"))
+
+    def forward_and_backward(sizes: Sequence[int]) -> list[int]:
+        stored, under_way = [], []
+        for size in sizes:
+            store.begin_layer()
+            stored.append(store.put(torch.zeros(size, dtype=torch.uint8)))
+            under_way.append(store.leaving_bytes)
+        while stored:
+            store.get(stored.pop())
+        return under_way
+
+    assert forward_and_backward([100] * 5) == [100, 200, 200, 200, 200]
+    forward_and_backward([1] * 5)
+    assert forward_and_backward([1] * 5) == [1, 2, 2, 2, 2]
+    assert max(forward_and_backward([1, 1, 1, 8, 1, 8, 8])) <= 16
+    # What is known of a layer to come lets small ones leave without waiting.
+    assert forward_and_backward([1, 1, 1, 8, 1, 8, 8]) == [1, 2, 3, 11, 12, 9, 16]
+
+
+@pytest.mark.parametrize("sizes", [[64, 64, 96, 64], [128, 128, 192, 128], [128, 128, 160, 128]])
+def test_hardly_more_of_the_hosts_memory_is_taken_than_is_used(
+    sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of 8B and 70B models, in KiB for MiB: pieces of a few tensors would lose up to 40 %."""
+    monkeypatch.setattr(host_store, "FIRST_SLAB_BYTES", 2**18)
+    monkeypatch.setattr(host_store, "SLAB_BYTES", 2**20)
+    store = HostStore(torch.device("cpu"))
+    stored = []
+    for _ in range(32):
+        store.begin_layer()
+        stored.append([store.put(torch.zeros(size * 2**10, dtype=torch.uint8)) for size in sizes])
+    used = 32 * sum(sizes) * 2**10
+    # The last piece may be all but empty.
+    assert used <= store.memory.taken <= 1.1 * used + 2**20
 
 
 @pytest.mark.parametrize(

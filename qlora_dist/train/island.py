@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -140,10 +140,19 @@ class Island:
             answer = self.client.call("lease", **arguments, wait_s=WAIT_S)
         return answer
 
-    def fetch(self) -> Received | None:
-        """The current version, where it is newer than this island's."""
+    def fetch(self, moments_of: int | None = None) -> Received | None:
+        """The current version, where it is newer than this island's.
+
+        Args:
+            moments_of: the version that the optimizer's moments belong to, where that is another one.
+        """
         answer = self.client.call("result", have=self.version)
-        return self._fetch(answer) if answer["version"] > self.version else None
+        if answer["version"] <= self.version:
+            return None
+        received = self._fetch(answer)
+        if moments_of is None:
+            return received
+        return replace(received, reset=self.client.call("result", have=moments_of)["reset"])
 
     def _fetch(self, answer: dict[str, Any]) -> Received:
         while True:

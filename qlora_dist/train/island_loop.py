@@ -117,8 +117,8 @@ class IslandLoop(Loop):
         self.contributed_step = self.first_step = self.progress.step
         # transformers rounds no step, so that a share of one is as good.
         self.rate_at = cast(Callable[[float], float], build_schedule(self.config.train, self.total_steps))
-        self.load_newest()
         kept = self.resumed.state.get("island") if self.resumed is not None else None
+        self.load_newest(None if kept is None else kept["version"])
         good, same = False, False
         if kept is not None:
             # A checkpoint is made every so many rounds.
@@ -131,9 +131,9 @@ class IslandLoop(Loop):
             self.notice("the moments of the checkpoint are too old for the islands' adapter and start from zero")
             reset_moments(self.strategy, None)
 
-    def load_newest(self) -> None:
-        """Go on from the coordinator's current adapter, whatever this island has."""
-        received = self.agree(self.island.fetch() if self.island is not None else None)
+    def load_newest(self, moments_of: int | None = None) -> None:
+        """Go on from the coordinator's current adapter, whatever this island has; see `Island.fetch`."""
+        received = self.agree(self.island.fetch(moments_of) if self.island is not None else None)
         if received is not None:
             self.load(received)
 

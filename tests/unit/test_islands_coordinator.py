@@ -15,11 +15,13 @@ from qlora_dist.aggregate.coordinator import OuterCoordinator
 from qlora_dist.aggregate.exchange import Header, encode
 from qlora_dist.aggregate.round_files import digest
 from qlora_dist.aggregate.round_report import RoundReport
+from qlora_dist.config.aggregate_section import AggregateConfig
 from qlora_dist.config.load import load_config, to_yaml
 from qlora_dist.coordinate.rundir import open_run
 from qlora_dist.coordinate.stop import ask_at_once
 from qlora_dist.data.order import GlobalOrder
 from qlora_dist.train.arrivals import Arrivals
+from qlora_dist.train.island import Island
 from qlora_dist.train.island_loop import IslandLoop
 from qlora_dist.train.loop import Taken
 
@@ -217,6 +219,72 @@ def test_a_run_that_is_asked_to_stop_does_not_wait_for_ever_for_a_dead_island(tm
     ask_at_once(tmp_path, "a test")
     one.run()
     assert one.decisions.run.state() == "stopped"
+
+
+class Direct:
+    """A client of a coordinator in this process."""
+
+    def __init__(self, to: OuterCoordinator):
+        self.to = to
+
+    def call(self, method: str, **arguments: Any) -> dict[str, Any]:
+        return self.to.handle(method, **arguments)
+
+    def get_file(self, name: str) -> bytes | None:
+        path = self.to.give(name)
+        return None if path is None else path.read_bytes()
+
+
+def test_a_restarted_island_keeps_the_moments_of_the_version_that_its_checkpoint_is_of(tmp_path: Path) -> None:
+    """Under svd coordinates change from version to version; to the one that is there they did not."""
+    one = begun(tmp_path, "aggregate.method=svd")
+    for island in "ab":
+        contribute(one, island)
+        one._close_round("quorum", one.decisions.run.rounds.collect())
+
+    def reset(moments_of: int | None) -> list[str]:
+        island = Island(Direct(one), "a", BASE, torch.device("cpu"))  # type: ignore[arg-type]
+        received = island.fetch(moments_of)
+        assert received is not None
+        assert received.version == 2
+        return received.reset
+
+    last = one.decisions.run.rounds.last
+    assert last is not None
+    assert (reset(2), reset(1)) == ([], last["facts"]["reset"])
+    assert reset(0) == reset(None) == [A, B]
+
+
+@pytest.mark.parametrize(("version", "kept", "all_reset"), [(3, 3, 0), (4, 3, 0), (5, 3, 1)])
+def test_what_an_island_that_enters_again_asks_for(version: int, kept: int, all_reset: int) -> None:
+    """`load_newest` learns of which version the moments are; older than the round before they start from zero."""
+    asked: list[int | None] = []
+    told: list[str] = []
+    loop: Any = object.__new__(IslandLoop)
+    joined = {"islands": 2, "packs": 8, "total_steps": 4}
+    loop.island = SimpleNamespace(
+        begin=lambda *_: None,
+        join=lambda *_, **facts: dict(joined),
+        version=-1,
+        encoder=SimpleNamespace(load_state_dict=dict),
+    )
+    loop.resumed = SimpleNamespace(state={"island": {"version": kept}}, extra={})
+    loop.full_adapter, loop.notice, loop.agree = dict, told.append, lambda value: value
+    loop.adapter_config_json, loop.identity, loop.whole_order = b"{}", {}, GlobalOrder(8, 2)
+    loop.config, loop.aggregate = load_config(QUICKSTART), AggregateConfig()
+    loop.world_size, loop.device, loop.progress = 1, torch.device("cpu"), SimpleNamespace(step=6)
+    loop.strategy = SimpleNamespace(
+        full_state=lambda: SimpleNamespace(optimizer={}), load_full_state=lambda state: None
+    )
+
+    def load_newest(moments_of: int | None) -> None:
+        asked.append(moments_of)
+        loop.version = version
+
+    loop.load_newest = load_newest
+    loop.enter()
+    assert asked == [kept]
+    assert len(told) == all_reset
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])

@@ -172,7 +172,7 @@ class OuterCoordinator(OuterLoop):
         def ask() -> tuple[Answer, bool]:
             with self.decisions.deciding() as run:
                 terms = self.terms(run)
-                stop = run.stop is not None
+                stop = run.stop is not None and not run.rounds.finished(terms.packs)
                 if stop:
                     answer: Answer = {"lease": None, "version": run.rounds.round, "done": False, "wait": None}
                     answer |= {"round": None, "ranges": [], "refused": None, "seconds_left": None}

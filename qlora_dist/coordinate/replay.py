@@ -153,7 +153,9 @@ class Run:
     def state(self) -> str:
         """One of starting, running, finished, failed, stopped."""
         if self.finished is not None:
-            return "stopped" if self.stop is not None else "finished"
+            # A stop that comes when everything is trained has stopped nothing.
+            complete = self.finished["summary"].get("complete", False)
+            return "stopped" if self.stop is not None and not complete else "finished"
         restarting = bool(self.restarts) and self.restarts[-1]["generation"] == self.generation
         if restarting:
             return "starting" if self.restarts[-1]["restart"] else "failed"

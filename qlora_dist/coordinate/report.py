@@ -111,7 +111,7 @@ def outcome(run: Run) -> dict[str, Any]:
     answer["out_of_memory"] = run.out_of_memory
     if run.finished is not None:
         answer |= {"step": run.finished["step"], "summary": run.finished["summary"], "exit_code": 0}
-        answer["message"] = run.stop["reason"] if run.stop is not None else None
+        answer["message"] = run.stop["reason"] if run.stop is not None and state == "stopped" else None
         return answer
     failure = run.failure()
     if failure is not None:

@@ -71,6 +71,7 @@ class IslandLoop(Loop):
     first_step: int = 0
     evaluate_next: bool = False
     evaluated_version: int = -1
+    all_is_trained: bool = False
     rate_at: Callable[[float], float] = lambda steps: 0.0
 
     def train(self) -> None:
@@ -78,11 +79,12 @@ class IslandLoop(Loop):
         self.model.train()
         self.saved_step = self.progress.step
         self.enter()
-        reason = "everything is trained"
+        reason = "asked to stop"
         while True:
             lease = self.next_lease()
             if lease["lease"] is None:
-                reason = "asked to stop" if lease["stop"] or self.asked_to_stop else reason
+                if lease["done"]:
+                    reason, self.all_is_trained = "everything is trained", True
                 break
             if lease["evaluates"] and self.version == 0 and not self.progress.step and self.config.eval.eval_on_start:
                 self.evaluate_version()
@@ -91,12 +93,10 @@ class IslandLoop(Loop):
                 self.take_result(wait_for_it=not self.asked_to_stop)
             self.contribute(lease, trained, tokens)
             if self.asked_to_stop:
-                reason = "asked to stop"
                 break
             if not self.aggregate.overlap:
                 self.take_result()
                 if self.asked_to_stop:
-                    reason = "asked to stop"
                     break
                 self.keep()
         self.end(lease, reason)
@@ -234,6 +234,10 @@ class IslandLoop(Loop):
         before = lease["before"] * most / self.packs
         together = lease["present"] * self.batch_size * most / self.packs
         self.schedule = lambda steps: rate(min(most, before + (steps - start) * together))
+
+    def complete(self) -> bool:
+        """See `Loop.complete`; of all islands together."""
+        return self.all_is_trained
 
     def goes_on(self) -> bool:
         """See `Loop.goes_on`; a batch of the next lease is not known yet."""
@@ -383,7 +387,7 @@ class IslandLoop(Loop):
         """The final adapter where there is one, a last checkpoint, and goodbye."""
         if self.exchange is not None:
             self.exchange.sent.result()
-        if lease["done"] and not self.asked_to_stop:
+        if self.all_is_trained:
             if self.exchanging:
                 self.take_result()
             self.load_newest()

@@ -158,6 +158,10 @@ class Loop:
         patience = self.config.eval.early_stopping_patience
         return patience is not None and self.progress.stale_evals >= patience
 
+    def complete(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.progress.step >= self.total_steps or self.stopped_early()
+
     def take_step(self) -> None:
         """One optimizer step over one global batch."""
         progress, config = self.progress, self.config

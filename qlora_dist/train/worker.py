@@ -333,6 +333,7 @@ def finish(loop: Loop, worker: Worker, tokenizer: Any, generation: int) -> None:
                 "best_step": progress.best_step,
                 "skipped_steps": progress.skipped_steps,
                 "stopped_early": loop.stopped_early(),
+                "complete": loop.complete(),
             },
         )  # fmt: skip
         if not answer["recorded"]:

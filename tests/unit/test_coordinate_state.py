@@ -304,6 +304,10 @@ def test_finish_stop_and_going_on(run_dir: Path) -> None:
     assert c.heartbeat(2, 0, 11, "compute")["stop"]
     c.finish(2, 11, {})
     assert (c.outcome()["state"], c.outcome()["message"]) == ("stopped", "a planned resize")
+    join(c, "three")
+    c.request_stop("too late")
+    c.finish(3, 12, {"complete": True})
+    assert (c.outcome()["state"], c.outcome()["message"], c.outcome()["exit_code"]) == ("finished", None, 0)
     assert c.finish(1, 99, {}) == {"recorded": False}
 
 

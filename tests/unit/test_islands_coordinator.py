@@ -17,6 +17,7 @@ from qlora_dist.aggregate.round_files import digest
 from qlora_dist.aggregate.round_report import RoundReport
 from qlora_dist.config.aggregate_section import AggregateConfig
 from qlora_dist.config.load import load_config, to_yaml
+from qlora_dist.coordinate.report import outcome
 from qlora_dist.coordinate.rundir import open_run
 from qlora_dist.coordinate.stop import ask_at_once
 from qlora_dist.data.order import GlobalOrder
@@ -219,6 +220,21 @@ def test_a_run_that_is_asked_to_stop_does_not_wait_for_ever_for_a_dead_island(tm
     ask_at_once(tmp_path, "a test")
     one.run()
     assert one.decisions.run.state() == "stopped"
+
+
+def test_a_stop_after_everything_was_trained_has_stopped_nothing(tmp_path: Path) -> None:
+    one = begun(tmp_path, "train.max_steps=1")
+    for island in "ab":
+        contribute(one, island)
+    one._close_round("everyone", one.decisions.run.rounds.collect())
+    ask_at_once(tmp_path, "SIGTERM")
+    for island in "ab":
+        answer = one.handle("lease", island=island, session=island, packs=2)
+        assert (answer["done"], answer["stop"]) == (True, False)
+        one.handle("leave", island=island, session=island, reason="", told=TOLD)
+    one.run()
+    told = outcome(one.decisions.run)
+    assert (told["state"], told["message"], told["summary"]["complete"]) == ("finished", None, True)
 
 
 class Direct:

@@ -261,9 +261,11 @@ def test_a_requested_stop_ends_after_a_checkpoint_and_the_same_command_goes_on(
     monkeypatch.setattr(loop_module.Loop, "take_step", ask_at_three)
     outcome = train_here(config)
     assert (outcome["state"], outcome["step"], outcome["exit_code"]) == ("stopped", 3, 0)
+    assert not outcome["summary"]["complete"]
     assert [c.step for c in list_checkpoints(tmp_path)] == [3]
     monkeypatch.undo()
-    assert train_here(config)["state"] == "finished"
+    outcome = train_here(config)
+    assert (outcome["state"], outcome["summary"]["complete"]) == ("finished", True)
     whole = small_config(tmp_path / "whole", tiny_model)
     train_here(whole)
     assert series(tmp_path, "loss") == series(whole.run_dir, "loss")

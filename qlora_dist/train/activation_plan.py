@@ -5,21 +5,16 @@ measured. What is free is spent on what saves the most time, copies to the host 
 recomputation, and the chosen plan is rehearsed in its turn. Rehearsals leave no trace.
 """
 
-import gc
-import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.host_memory import host_memory
 from qlora_dist.coordinate.state import MOST_LEANER
-from qlora_dist.model.block import RECOMPUTE_ALL, Block, Plan
+from qlora_dist.model.block import Block, Plan
 from qlora_dist.model.fused import limit_logits
 from qlora_dist.model.host_store import link_bytes_per_second, settle_all
 from qlora_dist.plan.activations import (
@@ -34,13 +29,14 @@ from qlora_dist.plan.activations import (
 )
 from qlora_dist.plan.offload import LAYERS_UNDER_WAY, Link, Placed, describe_worth, on_device, place
 from qlora_dist.shard.activations import offload_activations
-from qlora_dist.shard.strategy import Strategy
-from qlora_dist.train.largest import Largest
-
-
-class OutOfRoom(Exception):
-    """A rank among several is out of memory, and the layers keep something that they can give up."""
-
+from qlora_dist.train.rehearsal import (
+    Rehearsal,
+    bytes_of_state_to_come,
+    least,
+    median_seconds,
+    memory_limit,
+    timed_forwards,
+)
 
 # What is left to the allocator's rounding and to what the rehearsal did not see, such as a library's workspaces.
 MARGIN_SHARE, MARGIN_BYTES = 0.03, 2**28
@@ -52,80 +48,6 @@ LOGITS_SHARE = 40
 SHRINK, SHRINK_OF_LIMIT, ATTEMPTS = 0.15, 0.01, 5
 # Of the host's free memory, what its workers pin where `train.host_memory_budget_gib` does not say.
 HOST_SHARE = 0.5
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """A step of the run's largest size, without its update.
-
-    run: forwards and backwards, as many as make a difference to memory. element_size: bytes of an activation.
-    alone: whether this is the only worker, whose strategy can go on after an out-of-memory error. local_workers: those
-    that share the host's memory.
-    """
-
-    run: Callable[[], Tensor]
-    strategy: Strategy
-    device: torch.device
-    largest: Largest
-    element_size: int
-    alone: bool
-    local_workers: int = 1
-
-    def peak(self) -> int:
-        """The most bytes allocated while it runs; its gradients are thrown away."""
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        self.run()
-        throw_away_gradients(self.strategy)
-        torch.cuda.synchronize(self.device)
-        peak = torch.cuda.max_memory_allocated(self.device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        return peak
-
-    def seconds(self) -> float:
-        """What one run takes by the GPU's clock, the second of two: the first makes the allocator's blocks."""
-        for _ in range(2):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            self.run()
-            end.record()
-            throw_away_gradients(self.strategy)
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    def peak_or_more(self, blocks: Sequence[Block]) -> float:
-        """As `peak`; infinity where a single worker has less.
-
-        Raises:
-            OutOfRoom: among several, where the layers keep something that a leaner plan gives up.
-            torch.OutOfMemoryError: where they keep nothing.
-        """
-        try:
-            return self.peak()
-        except torch.OutOfMemoryError as error:
-            failure = str(error)
-        settle_all()
-        # Only here has the error's traceback let go of its tensors. Other ranks stand in a collective by now.
-        if not self.alone:
-            raise (OutOfRoom if keeping(blocks) else torch.OutOfMemoryError)(failure)
-        throw_away_gradients(self.strategy)
-        return float("inf")
-
-
-def can_go_on(config: RunConfig, world_size: int) -> bool:
-    """Whether a step that ran out of memory can be tried again in the same process.
-
-    Sharded strategies are left in the middle of gathering and reducing, and other ranks in a collective.
-    """
-    return world_size == 1 and config.strategy in ("none", "ddp")
-
-
-def throw_away_gradients(strategy: Strategy) -> None:
-    """Finish what a backward began, and leave its step out."""
-    strategy.clip(0.0, 1.0)
-    strategy.step(True)
 
 
 def set_activations(
@@ -173,14 +95,14 @@ def _set_on_gpu(config: RunConfig, model: nn.Module, blocks: Sequence[Block], re
     limit_logits(model, limit // LOGITS_SHARE)
     tokens, length = rehearsal.largest.rows * rehearsal.largest.length, rehearsal.largest.length
     inputs = [tokens * block.shape.hidden * rehearsal.element_size for block in blocks]
-    host_bytes = _least(bytes_of_host(config, rehearsal.local_workers), device)
+    host_bytes = least(bytes_of_host(config, rehearsal.local_workers), device)
     leanest = [Choice()] * len(blocks)
     _use(blocks, leanest)
     allowed = limit * (1 - MARGIN_SHARE) - MARGIN_BYTES - bytes_of_state_to_come(rehearsal.strategy)
     with timed_forwards(blocks) as layer_seconds:
         lean = rehearsal.peak_or_more(blocks)
     # Among several workers an error would be the end, so that the margin decides.
-    fits = _least((limit if rehearsal.alone else allowed) - lean, device) >= 0
+    fits = least((limit if rehearsal.alone else allowed) - lean, device) >= 0
     if lean == float("inf") and not host_bytes:
         raise torch.OutOfMemoryError("train.host_memory_budget_gib is 0, and not even recomputation fits the GPU")
     if not fits and host_bytes:
@@ -194,7 +116,7 @@ def _set_on_gpu(config: RunConfig, model: nn.Module, blocks: Sequence[Block], re
             lean = rehearsal.peak() + sum(inputs) - LAYERS_UNDER_WAY * max(inputs)
         if len(blocks) < model_layers(model):
             return _use(blocks, leanest) + ", and what others save"
-    room = _least(allowed - lean, device)
+    room = least(allowed - lean, device)
     if room > 0:
         room *= 1 - min(leaner, MOST_LEANER) / MOST_LEANER
     sharded = any(block.sharded for block in blocks)
@@ -206,7 +128,9 @@ def _set_on_gpu(config: RunConfig, model: nn.Module, blocks: Sequence[Block], re
     if host_bytes and not _keeps_all(on_device(costs, room, kinds).choices):
         fp8 = blocks[0].compute == "fp8"
         as_modelled = forward_seconds(blocks[0].shape, tokens, length, rehearsal.element_size, fp8)
-        link = Link(_least(link_bytes_per_second(device), device), _least(_median(layer_seconds), device), host_bytes)
+        link = Link(
+            least(link_bytes_per_second(device), device), least(median_seconds(layer_seconds), device), host_bytes
+        )
         # This GPU's rates, and not an H100's, say what a copy competes with.
         costs = [_scaled(cost, link.forward_seconds / as_modelled) for cost in costs]
     found = _rehearsed(costs, inputs, room, link, kinds, blocks, rehearsal, limit, allowed)
@@ -245,7 +169,7 @@ def _rehearsed(
             return fitting
         _use(blocks, placed.choices)
         peak = rehearsal.peak_or_more(blocks)
-        left = _least(limit - peak, rehearsal.device)
+        left = least(limit - peak, rehearsal.device)
         if left < 0:
             if fitting is not None:
                 return fitting
@@ -265,92 +189,21 @@ def _faster(
     device = rehearsal.device
     _use(blocks, without.choices)
     other = rehearsal.peak_or_more(blocks)
-    if _least(limit - other, device) < 0:
+    if least(limit - other, device) < 0:
         return placed, peak, ""
     seconds = []
     for choices in (without.choices, placed.choices):
         _use(blocks, choices)
         # The slowest rank keeps the others waiting.
-        seconds.append(-_least(-rehearsal.seconds(), device))
+        seconds.append(-least(-rehearsal.seconds(), device))
     told = f"; {1e3 * seconds[1]:.0f} ms in rehearsal, {1e3 * seconds[0]:.0f} without the host"
     return (placed, peak, told) if seconds[1] < seconds[0] else (without, other, told)
-
-
-def keeping(blocks: Sequence[Block]) -> list[Block]:
-    """The layers that keep something to give up: on the device, and where none does, in copies to and from the host."""
-    return [block for block in blocks if _on_device(block.plan)] or [b for b in blocks if b.plan.attention_on_host]
-
-
-def lean_down(blocks: Sequence[Block]) -> str | None:
-    """Give up what a quarter of the layers keep, the earliest first; what is left in one line, None where nothing was.
-
-    For a run that met an out-of-memory error all the same.
-    """
-    found = keeping(blocks)
-    settle_all()
-    if not found:
-        return None
-    for block in found[: -(-len(blocks) // MOST_LEANER)]:
-        # What is on the host takes little here: it goes last, and a layer's input stays there.
-        stays = block.plan.attention_on_host and _on_device(block.plan)
-        host = {"attention": stays, "attention_on_host": stays, "input_on_host": block.plan.input_on_host}
-        block.set_plan(replace(RECOMPUTE_ALL, **host))
-    return describe([_choice(block.plan) for block in blocks])
 
 
 def bytes_of_host(config: RunConfig, workers: int) -> float:
     """What a worker may have on the host, of `workers` that share it."""
     asked = config.train.host_memory_budget_gib
     return HOST_SHARE * host_memory()["free"] / workers if asked is None else asked * 2**30
-
-
-def bytes_of_state_to_come(strategy: Strategy) -> int:
-    """What an optimizer that makes its state at the first step will take of the GPU: two fp32 moments a weight."""
-    state = strategy.optimizer.state
-    trained = (p for group in strategy.optimizer.param_groups for p in group["params"])
-    return sum(8 * p.numel() for p in trained if p.is_cuda and not state.get(p))
-
-
-def memory_limit(device: torch.device) -> int:
-    """Bytes that this process may have allocated: what it has and what is free, or its cap where that is less."""
-    free, total = torch.cuda.mem_get_info(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
-    return int(min(torch.cuda.memory_reserved(device) + free, allowed))
-
-
-def _least(number: float, device: torch.device) -> float:
-    """The smallest over all ranks."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return number
-    box = torch.tensor(number, dtype=torch.float64, device=device)
-    dist.all_reduce(box, dist.ReduceOp.MIN)
-    return float(box)
-
-
-@contextmanager
-def timed_forwards(blocks: Sequence[Block]) -> Iterator[list[tuple[torch.cuda.Event, torch.cuda.Event]]]:
-    """The begin and end of each layer's forward, on the device, as far as they come to run."""
-    found: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def begin(*_: Any) -> None:
-        found.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-        found[-1][0].record()
-
-    def end(*_: Any) -> None:
-        found[-1][1].record()
-
-    hooks = [block.layer.register_forward_pre_hook(begin) for block in blocks]
-    hooks += [block.layer.register_forward_hook(end) for block in blocks]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _median(events: Sequence[tuple[torch.cuda.Event, torch.cuda.Event]]) -> float:
-    """Seconds between two events; what the first layers do once does not count."""
-    return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
 
 
 def _scaled(costs: dict[Kind, Gain], factor: float) -> dict[Kind, Gain]:
@@ -367,12 +220,3 @@ def _use(blocks: Sequence[Block], choices: Sequence[Choice]) -> str:
     for block, choice in zip(blocks, choices, strict=True):
         block.set_plan(Plan(**{kind: kind in choice for kind in (*KINDS, *HOST_KINDS)}))
     return describe(choices)
-
-
-def _choice(plan: Plan) -> Choice:
-    return frozenset(kind for kind in (*KINDS, *HOST_KINDS) if getattr(plan, kind))
-
-
-def _on_device(plan: Plan) -> bool:
-    """Whether it keeps anything on the device beside the layer's input."""
-    return plan.gate_up or plan.weights or plan.norms or (plan.attention and not plan.attention_on_host)

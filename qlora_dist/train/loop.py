@@ -28,10 +28,10 @@ from qlora_dist.model.block import Block
 from qlora_dist.optim.optimizers import set_learning_rate
 from qlora_dist.shard.strategy import Strategy
 from qlora_dist.track.metrics import MetricsLog
-from qlora_dist.train.activation_plan import OutOfRoom, can_go_on, lean_down, throw_away_gradients
 from qlora_dist.train.arrivals import Arrivals, Stamp, seconds_between
 from qlora_dist.train.evaluate import held_out_loss
 from qlora_dist.train.heartbeat import Heartbeat, memory_bytes
+from qlora_dist.train.leaner_plan import OutOfRoom, can_go_on, lean_down, throw_away_gradients
 from qlora_dist.train.progress import Progress
 from qlora_dist.train.step import accumulate_gradients, draw_seed, lays_flat
 

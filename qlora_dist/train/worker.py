@@ -44,12 +44,7 @@ from qlora_dist.shard.activations import offload_activations
 from qlora_dist.shard.loading import make_placement
 from qlora_dist.shard.strategy import make_strategy
 from qlora_dist.track.attempt import open_metrics
-from qlora_dist.train.activation_plan import (
-    OutOfRoom,
-    Rehearsal,
-    can_go_on,
-    set_activations,
-)
+from qlora_dist.train.activation_plan import set_activations
 from qlora_dist.train.boundaries import check_document_boundaries
 from qlora_dist.train.context import Worker
 from qlora_dist.train.evaluate import answer_prompts
@@ -58,8 +53,10 @@ from qlora_dist.train.identity import resume, run_identity
 from qlora_dist.train.island_loop import IslandLoop
 from qlora_dist.train.island_meeting import meet_islands
 from qlora_dist.train.largest import largest_micro_batch, rehearsal_batch
+from qlora_dist.train.leaner_plan import OutOfRoom, can_go_on
 from qlora_dist.train.loop import Loop
 from qlora_dist.train.progress import Progress
+from qlora_dist.train.rehearsal import Rehearsal
 from qlora_dist.train.step import LossScale, accumulate_gradients, lays_flat
 from qlora_dist.train.vocabulary import check_vocabulary
 

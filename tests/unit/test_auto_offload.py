@@ -16,7 +16,7 @@ from qlora_dist.model.block import RECOMPUTE_ALL, Block, Plan
 from qlora_dist.model.host_store import HostStore, store_of
 from qlora_dist.plan.activations import Choice, LayerShape, gains
 from qlora_dist.plan.offload import Link, place
-from qlora_dist.train import activation_plan
+from qlora_dist.train import activation_plan, leaner_plan
 from tests.distributed.group import series
 from tests.single import small_config, train_here
 from tests.tiny import make_tiny_model
@@ -81,7 +81,7 @@ def test_what_is_on_the_host_is_given_up_last_and_inputs_stay(base: Path) -> Non
     for number, block in enumerate(blocks):
         block.set_plan(Plan(gate_up=number >= 4, input_on_host=number < 4, attention_on_host=True))
     lines = []
-    while (line := activation_plan.lean_down(blocks)) is not None:
+    while (line := leaner_plan.lean_down(blocks)) is not None:
         lines.append(line)
     # Six layers by quarters: two at a time.
     assert lines == [

@@ -85,7 +85,7 @@ def plan(
     monkeypatch.setattr(Block, "shape", LLAMA_8B)
     monkeypatch.setattr(activation_plan, "memory_limit", lambda device: int(limit))
     monkeypatch.setattr(activation_plan, "link_bytes_per_second", lambda device: link)
-    monkeypatch.setattr(activation_plan, "_median", lambda events: 6.1e-3)
+    monkeypatch.setattr(activation_plan, "median_seconds", lambda events: 6.1e-3)
     blocks = fuse(model)
     config = small_config(tmp_path, tmp_path, train={"host_memory_budget_gib": host})
     rehearsal = MadeUpGpu(blocks, limit, **gpu)

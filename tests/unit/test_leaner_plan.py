@@ -16,7 +16,7 @@ from qlora_dist.coordinate.rundir import open_run
 from qlora_dist.coordinate.state import MOST_LEANER, Coordinator
 from qlora_dist.model import block as block_module
 from qlora_dist.train import loop as loop_module
-from qlora_dist.train.activation_plan import OutOfRoom
+from qlora_dist.train.leaner_plan import OutOfRoom
 from tests.distributed.group import series, train_in_group
 from tests.single import small_config, train_here
 

@@ -20,13 +20,9 @@ RESULTS = Path("benchmarks/results")
 
 
 def tldr(found: dict[str, Any]) -> str:
-    """The table of islands_tldr.py."""
-    return islands_figures.table(found["records"])
-
-
-def sweep(found: dict[str, Any]) -> str:
-    """The table of islands_tldr.py --sweep."""
-    return f"What the settings were chosen by, one seed each:\n\n{islands_figures.table(found['records'])}"
+    """The table of islands_tldr.py, and its picture."""
+    picture = "![held-out loss over packs and over bytes](../benchmarks/results/islands_tldr.png)"
+    return f"{islands_figures.table(found['records'])}\n\n{picture}"
 
 
 def slow_link(found: dict[str, Any]) -> str:
@@ -36,7 +32,7 @@ def slow_link(found: dict[str, Any]) -> str:
         f"{found['mbit']:g} Mbit/s (one TCP connection: {cable['tcp_mbit_per_s']:.0f}), round trip "
         f"{cable['round_trip_ms']:.0f} ms, {found['cores']} CPU cores ({found['cpu']}); DDP's gradients alone take "
         f"{found['ddp_cable_alone_s']:.0f} s on that link. {found['records'][0]['steps_a_worker']} steps a worker, an "
-        f"exchange every {max(one['sync_every'] or 0 for one in found['records'])}; other work ran on the machine:",
+        f"exchange every {max(one['sync_every'] or 0 for one in found['records'])}.",
         "",
         "| side | wall time, s | of DDP's | step, s | MB over the link, each way | held-out loss, before and after |",
         "|---|---|---|---|---|---|",
@@ -59,7 +55,6 @@ def overhead(found: dict[str, Any]) -> str:
 
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "tldr": ("islands_tldr.json", tldr),
-    "sweep": ("islands_tldr_sweep.json", sweep),
     "slow link": ("islands_slow_link.json", slow_link),
     "overhead": ("islands_overhead_8b_h200.json", overhead),
 }

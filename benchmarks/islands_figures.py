@@ -197,5 +197,5 @@ def _style(record: Record) -> dict[str, Any]:
 def _short(record: Record) -> str:
     words = [record["method"]]
     if record["method"] != "ddp":
-        words += [f"H={record['sync_every']}", *([f"{record['bits']} bits"] if record["bits"] != 32 else [])]
+        words += [f"H={record['sync_every']}", *([f"\n{record['bits']} bits"] if record["bits"] != 32 else [])]
     return " ".join([*words, *(override.split(".")[-1] for override in record["overrides"])])

@@ -77,6 +77,7 @@ class Island:
         version: of the adapter that the island goes on from, `shared`.
         encoder: keeps what rounding left out of its messages.
         session_steps: optimizer steps of this session.
+        leaving: the island has given up on what it still asks for in another thread.
     """
 
     client: HttpClient
@@ -88,6 +89,8 @@ class Island:
     encoder: Encoder = field(default_factory=lambda: Encoder(32))
     session: str = field(default_factory=lambda: secrets.token_hex(8))
     session_steps: int = 0
+    joined: bool = False
+    leaving: bool = False
     told_bytes: tuple[int, int] = (0, 0)
 
     def hello(self, identity: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +104,7 @@ class Island:
         start = digest(adapter)
         zeros = {name: list(tensor.shape) for name, tensor in adapter.items() if not bool(tensor.any())}
         answer = self.client.call("begin", island=self.name, start=start)
-        while not answer["begun"]:
+        while not answer["begun"] and not self.leaving:
             what: dict[str, Any] = {}
             if answer["send"]:
                 parts = {name: tensor for name, tensor in adapter.items() if name not in zeros}
@@ -119,6 +122,9 @@ class Island:
             adapter: the island's own, which need not be fetched where it is what all start from.
         """
         self.encoder = Encoder(bits)
+        self.joined = not self.leaving
+        if self.leaving:
+            return {}
         answer = self.client.call("join", island=self.name, session=self.session, facts=facts)
         if answer["version"] == 0 and answer["start"] == digest(adapter):
             self.version, self.shared = 0, dict(adapter)
@@ -132,7 +138,7 @@ class Island:
         """
         arguments = {"island": self.name, "session": self.session, "packs": packs, "sending": sending}
         answer = self.client.call("lease", **arguments, wait_s=WAIT_S)
-        if answer["refused"] is not None:
+        if answer["refused"] is not None and not self.leaving:
             if "another process" in answer["refused"]:
                 raise UserError("island-taken-over", island=self.name)
             # It was given up while it was paused.
@@ -247,7 +253,10 @@ class Island:
         """Report the held-out loss of a version."""
         self.client.call("evaluated", version=version, eval_loss=eval_loss)
 
-    def leave(self, reason: str) -> None:
-        """Say that the island ends."""
-        told = self._all_told(self.session_steps)
-        self.client.call("leave", island=self.name, session=self.session, reason=reason, told=told)
+    def leave(self, reason: str) -> bool:
+        """Say that the island ends; True when that is done."""
+        self.leaving = True
+        if self.joined:
+            told = self._all_told(self.session_steps)
+            self.client.call("leave", island=self.name, session=self.session, reason=reason, told=told)
+        return True

@@ -7,7 +7,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import wait
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -21,29 +20,23 @@ from qlora_dist.data.collate import loss_tokens
 from qlora_dist.data.order import GlobalOrder, LeasedOrder
 from qlora_dist.data.tokens import TokenTable
 from qlora_dist.optim.schedules import build_schedule
-from qlora_dist.train.island import WAIT_S, Exchange, Island, Received, Told
-from qlora_dist.train.loop import Loop
+from qlora_dist.train.island import Island, Received, Told
+from qlora_dist.train.island_waiting import STOP_S, IslandWaiting
 from qlora_dist.train.moments import reset_moments
-
-Agree = Callable[[Any], Any]
 
 
 @dataclass
-class IslandLoop(Loop):
+class IslandLoop(IslandWaiting):
     """A loop that trains what the coordinator of islands leases.
 
     Attributes:
-        island: the session, on rank 0; None on all others.
         aggregate: the coordinator's settings, which hold for all islands.
-        agree: gives every rank rank 0's value.
         whole_order: the run's order, of which leases are ranges; its batch is this island's.
         fixed: parameters of the adapter that do not train.
         resumed: the checkpoint that this attempt went on from, on rank 0.
     """
 
-    island: Island | None = None
     aggregate: AggregateConfig = field(default_factory=AggregateConfig)
-    agree: Agree = lambda value: value
     whole_order: GlobalOrder = field(default_factory=lambda: GlobalOrder(1, 1))
     fixed: dict[str, Tensor] = field(default_factory=dict)
     resumed: Snapshot | None = None
@@ -56,7 +49,6 @@ class IslandLoop(Loop):
     lease_end: int = 0
     # Loss-bearing tokens and loss of each step since the last contribution.
     losses: list[tuple[int, float]] = field(default_factory=list)
-    exchange: Exchange | None = None
     exchanging: bool = False
     sending: int | None = None
     sent_adapter: dict[str, Tensor] = field(default_factory=dict)
@@ -67,8 +59,6 @@ class IslandLoop(Loop):
     evaluation_s: float = 0.0
     step_seconds: float = 0.0
     contributed_step: int = 0
-    # Where this attempt began.
-    first_step: int = 0
     evaluate_next: bool = False
     evaluated_version: int = -1
     all_is_trained: bool = False
@@ -77,10 +67,10 @@ class IslandLoop(Loop):
     def train(self) -> None:
         """Lease, train, exchange, until nothing is left to train or the island is asked to stop."""
         self.model.train()
-        self.saved_step = self.progress.step
-        self.enter()
-        reason = "asked to stop"
-        while True:
+        self.saved_step = self.first_step = self.progress.step
+        reason, entered = "asked to stop", self.enter()
+        lease: dict[str, Any] = {"evaluates": False}
+        while entered:
             lease = self.next_lease()
             if lease["lease"] is None:
                 if lease["done"]:
@@ -101,24 +91,34 @@ class IslandLoop(Loop):
                 self.keep()
         self.end(lease, reason)
 
-    def enter(self) -> None:
-        """Join, and go on from the current adapter; moments stay where the checkpoint is of about this version."""
-        island, adapter, told = self.island, self.full_adapter(), None
-        if island is not None:
+    def enter(self) -> bool:
+        """Join, and go on from the current adapter; moments stay where the checkpoint is of about this version.
+
+        Returns:
+            False where the island is asked to stop first.
+        """
+        island, adapter = self.island, self.full_adapter()
+
+        def join(island: Island) -> dict[str, Any]:
             config, packs = self.adapter_config_json, self.whole_order.num_packs
             island.begin(adapter, self.identity, packs, config, self.config.model.compute)
             bits = self.aggregate.exchange_bits
             told = island.join(bits, adapter, workers=self.world_size, device=self.device.type)
-            told |= {"same": island.version == 0}
-        told = self.agree(told)
+            return told | {"same": island.version == 0}
+
+        told = self.ask(join)
+        if told is None:
+            return False
         if told["same"]:
             self.version, self.shared = 0, adapter
         self.islands, self.packs, self.total_steps = told["islands"], told["packs"], told["total_steps"]
-        self.contributed_step = self.first_step = self.progress.step
+        self.contributed_step = self.progress.step
         # transformers rounds no step, so that a share of one is as good.
         self.rate_at = cast(Callable[[float], float], build_schedule(self.config.train, self.total_steps))
         kept = self.resumed.state.get("island") if self.resumed is not None else None
         self.load_newest(None if kept is None else kept["version"])
+        if self.asked_to_stop:
+            return False
         good, same = False, False
         if kept is not None:
             # A checkpoint is made every so many rounds.
@@ -130,10 +130,11 @@ class IslandLoop(Loop):
         if self.progress.step and not self.agree(good):
             self.notice("the moments of the checkpoint are too old for the islands' adapter and start from zero")
             reset_moments(self.strategy, None)
+        return True
 
-    def load_newest(self, moments_of: int | None = None) -> None:
+    def load_newest(self, moments_of: int | None = None, after_stop_s: float = 0.0) -> None:
         """Go on from the coordinator's current adapter, whatever this island has; see `Island.fetch`."""
-        received = self.agree(self.island.fetch(moments_of) if self.island is not None else None)
+        received = self.ask(lambda island: island.fetch(moments_of), after_stop_s)
         if received is not None:
             self.load(received)
 
@@ -154,35 +155,23 @@ class IslandLoop(Loop):
         packs = self.aggregate.sync_every * self.whole_order.global_batch_size
         with self.exposed():
             lease = self._ask_for_lease(packs)
+            if lease["lease"] is not None and not self.exchanging and lease["version"] != self.version:
+                self.load_newest()
             if self.asked_to_stop:
                 # What was leased goes back when the island leaves.
                 lease["lease"] = None
-            if lease["lease"] is not None and not self.exchanging and lease["version"] != self.version:
-                self.load_newest()
         return lease
 
     def _ask_for_lease(self, packs: int) -> dict[str, Any]:
         while True:
-            self.heartbeat.at(self.progress.step, "collective")
-            told = None
-            if self.island is not None:
-                told = self.island.lease(packs, self.sending)
-                told |= {"asked": self.heartbeat.stop_asked, "hold": self.heartbeat.hold_asked}
-            lease: dict[str, Any] = self.agree(told)
-            self.asked_to_stop |= lease["asked"]
+            lease = self.ask(lambda island: island.lease(packs, self.sending))
+            if lease is None:
+                return {"lease": None, "done": False, "evaluates": False}
             if self.exchanging and (lease["lease"] is None or self.agree(self.has_arrived())):
                 # Without it there may be nothing to lease.
                 self.take_result(wait_for_it=lease["done"])
             if lease["lease"] is not None or lease["done"] or lease["stop"] or self.asked_to_stop:
                 return lease
-            if lease["hold"]:
-                self.save_and_hold()
-
-    def save_and_hold(self) -> None:
-        """Stand still where there is a checkpoint of this attempt to go on from; else later."""
-        self.save()
-        if self.first_step < self.progress.step == self.saved_step:
-            self.hold()
 
     @contextlib.contextmanager
     def exposed(self) -> Iterator[None]:
@@ -265,9 +254,10 @@ class IslandLoop(Loop):
     def contribute(self, lease: dict[str, Any], trained: list[list[int]], tokens: int) -> None:
         """Start sending what the lease has changed; without overlap nothing is trained until the result is here."""
         told = self.measured(lease)
+        # What rounding left out of the message before goes into this one.
+        if self.exchanging and not self.has_sent():
+            return
         if self.exchange is not None:
-            # What rounding left out of that message goes into this one.
-            self.exchange.sent.result()
             self.exchange.given_up.set()
         with self.exposed():
             self._contribute(lease, trained, tokens, told)
@@ -320,6 +310,16 @@ class IslandLoop(Loop):
         """Whether rank 0 has the adapter of the exchange under way, or its failure."""
         return self.exchange is not None and self.exchange.received.done()
 
+    def has_sent(self) -> bool:
+        """Wait until the coordinator has answered the contribution under way; False where it does not before the end.
+
+        All ranks call it together.
+        """
+        if self.wait_for(None if self.exchange is None else self.exchange.sent, STOP_S) is not None:
+            return True
+        self.notice("the coordinator did not answer, and this island's last contribution is lost; others train it")
+        return False
+
     def take_result(self, wait_for_it: bool = True) -> None:
         """Go on from what the exchange under way brings. All ranks call it together.
 
@@ -335,16 +335,11 @@ class IslandLoop(Loop):
             self.keep()
 
     def _take_result(self, wait_for_it: bool) -> None:
-        while not self.agree(self.has_arrived()):
-            if not wait_for_it:
-                return
-            self.heartbeat.at(self.progress.step, "collective")
-            if self.exchange is not None:
-                wait([self.exchange.received], WAIT_S)
-            self.asked_to_stop |= self.agree(self.heartbeat.stop_asked)
-            if self.asked_to_stop:
-                wait_for_it = False
-        received: Received = self.agree(self.exchange.received.result() if self.exchange is not None else None)
+        if not wait_for_it and not self.agree(self.has_arrived()):
+            return
+        received = self.wait_for(None if self.exchange is None else self.exchange.received)
+        if received is None:
+            return
         now = self.strategy.full_adapter() if self.aggregate.overlap else {}
         self.load(received)
         if self.exchange is not None:
@@ -368,8 +363,8 @@ class IslandLoop(Loop):
         self.progress.note_evaluation(loss, self.config.eval)
         if self.metrics is not None:
             self.metrics.write(self.progress.step, eval_loss=loss)
-        if self.island is not None:
-            self.island.evaluated(self.version, loss)
+        version = self.version
+        self.ask(lambda island: island.evaluated(version, loss))
 
     def timed_loss(self, table: TokenTable) -> float:
         """The held-out loss of the adapter as it is."""
@@ -385,19 +380,22 @@ class IslandLoop(Loop):
 
     def end(self, lease: dict[str, Any], reason: str) -> None:
         """The final adapter where there is one, a last checkpoint, and goodbye."""
-        if self.exchange is not None:
-            self.exchange.sent.result()
+        if self.asked_to_stop:
+            # Whoever has asked may not wait until the coordinator answers.
+            self.save()
+        if self.exchanging:
+            self.has_sent()
         if self.all_is_trained:
             if self.exchanging:
                 self.take_result()
-            self.load_newest()
+            self.load_newest(after_stop_s=STOP_S)
             if lease["evaluates"]:
                 self.evaluate_version()
         if self.exchange is not None:
             self.exchange.given_up.set()
         self.save()
-        if self.island is not None:
-            self.island.leave(reason)
+        if not self.ask(lambda island: island.leave(reason), STOP_S):
+            self.notice("the coordinator did not answer, and has not heard that this island ends")
 
     # Checkpoints
 

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from qlora_dist.aggregate.changes import frozen_names
@@ -15,6 +13,7 @@ from qlora_dist.coordinate.client import HttpClient
 from qlora_dist.coordinate.outer_address import outer_address
 from qlora_dist.train.context import Worker
 from qlora_dist.train.island import Island
+from qlora_dist.train.island_waiting import Agree, all_wait, aside
 
 # A coordinator that was killed is back by then.
 PATIENCE_S = 300.0
@@ -30,32 +29,28 @@ class Met:
 
 
 def meet_islands(
-    config: RunConfig, worker: Worker, identity: dict[str, Any], adapter: Mapping[str, nn.Parameter]
+    config: RunConfig, worker: Worker, identity: dict[str, Any], adapter: Mapping[str, nn.Parameter], agree: Agree
 ) -> Met:
     """Introduce this island to the coordinator, and freeze the factor that its settings freeze. All ranks call it.
 
     Args:
         adapter: the adapter's parameters by PEFT's names.
+        agree: gives every rank rank 0's value.
 
     Raises:
         UserError: the coordinator's address or token is not known, or the other islands train something else.
     """
-    island, told = None, None
-    if worker.rank == 0:
+    met: list[Island] = []
+
+    def hello() -> dict[str, Any]:
         url, token = outer_address(config.aggregate.coordinator or "", worker.run_dir)
-        patience_s = max(PATIENCE_S, config.aggregate.round_deadline_s)
-        if worker.world_size > 1:
-            # The other ranks wait for this one in a collective.
-            patience_s = min(patience_s, 0.8 * config.launch.collective_timeout_s)
-        client = HttpClient(url, token, patience_s=patience_s)
-        island = Island(client, config.aggregate.island or "", identity["model.name"], worker.device)
-        told = island.hello(identity)
-    box = [told]
-    if worker.world_size > 1:
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    assert box[0] is not None
-    aggregate = AggregateConfig.model_validate(box[0]["settings"])
-    return Met(island, aggregate, freeze_factor(adapter, aggregate.freeze))
+        client = HttpClient(url, token, patience_s=max(PATIENCE_S, config.aggregate.round_deadline_s))
+        met.append(Island(client, config.aggregate.island or "", identity["model.name"], worker.device))
+        settings: dict[str, Any] = met[0].hello(identity)["settings"]
+        return settings
+
+    aggregate = AggregateConfig.model_validate(all_wait(aside(hello) if worker.rank == 0 else None, agree))
+    return Met(met[0] if met else None, aggregate, freeze_factor(adapter, aggregate.freeze))
 
 
 def freeze_factor(adapter: Mapping[str, nn.Parameter], freeze: str) -> dict[str, Tensor]:

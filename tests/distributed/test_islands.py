@@ -8,6 +8,7 @@ steps of AdamW that stays below 1e-4 of what training has changed.
 import json
 import os
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -240,6 +241,23 @@ def test_a_coordinator_killed_at_a_commit_goes_on_exactly(
         assert again["folder"] != folder, "what no event had named does not count"
     steps = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in steps if "round" in record] == [1, 2, 3, 4]
+
+
+@SLOW
+def test_an_island_of_two_workers_outlives_a_coordinator_that_is_away_longer_than_collectives_wait(
+    tiny_model: Path, data: Path, tmp_path: Path
+) -> None:
+    with a_run(tmp_path, tiny_model, data) as run:
+        run.start("coordinator", faults.dies_after_the_commit)
+        run.start("a", workers=2, shard={"strategy": "ddp"}, launch={"collective_timeout_s": 8.0})
+        run.start("b")
+        run.wait("the kill", lambda: run.processes["coordinator"].exitcode == -signal.SIGKILL)
+        time.sleep(16)
+        run.start("coordinator")
+        summary = run.finish()
+    assert violations(run.events()) == []
+    assert summary["packs_trained"] == 2 * STEPS * BATCH
+    assert len(run.events("island_joined")) == 2
 
 
 def test_an_island_over_other_data_is_told_so(tiny_model: Path, data: Path, tmp_path: Path) -> None:

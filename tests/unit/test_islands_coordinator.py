@@ -286,6 +286,7 @@ def test_what_an_island_that_enters_again_asks_for(version: int, kept: int, all_
     )
     loop.resumed = SimpleNamespace(state={"island": {"version": kept}}, extra={})
     loop.full_adapter, loop.notice, loop.agree = dict, told.append, lambda value: value
+    loop.ask, loop.asked_to_stop = lambda question: question(loop.island), False
     loop.adapter_config_json, loop.identity, loop.whole_order = b"{}", {}, GlobalOrder(8, 2)
     loop.config, loop.aggregate = load_config(QUICKSTART), AggregateConfig()
     loop.world_size, loop.device, loop.progress = 1, torch.device("cpu"), SimpleNamespace(step=6)
@@ -298,7 +299,7 @@ def test_what_an_island_that_enters_again_asks_for(version: int, kept: int, all_
         loop.version = version
 
     loop.load_newest = load_newest
-    loop.enter()
+    assert loop.enter()
     assert asked == [kept]
     assert len(told) == all_reset
 

@@ -57,6 +57,9 @@ class Block:
 
     Args:
         compute: how the frozen weights are multiplied, `bf16` (any float) or `fp8`.
+
+    Attributes:
+        trains: whether the last forward with gradients leads to a backward; one before the first adapter does not.
     """
 
     def __init__(self, layer: Any, compute: Literal["bf16", "fp8"] = "bf16"):
@@ -78,6 +81,7 @@ class Block:
         # Some of SmolLM3's layers see no positions.
         self.rotates: bool = bool(getattr(attention, "use_rope", True))
         self.plan = KEEP_ALL
+        self.trains = True
 
     def set_plan(self, plan: Plan) -> None:
         """Use `plan` from the next forward on."""
@@ -287,8 +291,12 @@ def run_block(block: Block, x_BTH: Tensor, cos: Tensor, sin: Tensor, mask: Tenso
         mask: as transformers makes it for `sdpa`; None is causal.
         kwargs: what else the attention function takes.
     """
-    inputs = {"cos": cos, "sin": sin, "mask": mask, "kwargs": kwargs, "trains": torch.is_grad_enabled()}
-    output: Tensor = _BlockFunction.apply(block, inputs, x_BTH, *block.factors())
+    factors = block.factors()
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_BTH, *factors))
+    if torch.is_grad_enabled():
+        block.trains = trains
+    inputs = {"cos": cos, "sin": sin, "mask": mask, "kwargs": kwargs, "trains": trains}
+    output: Tensor = _BlockFunction.apply(block, inputs, x_BTH, *factors)
     return output
 
 

@@ -5,7 +5,8 @@ measured. What is free is spent on what saves the most time, copies to the host 
 recomputation, and the chosen plan is rehearsed in its turn. Rehearsals leave no trace.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,10 +28,11 @@ from qlora_dist.plan.activations import (
     forward_seconds,
     gains,
 )
-from qlora_dist.plan.offload import LAYERS_UNDER_WAY, Link, Placed, describe_worth, on_device, place
+from qlora_dist.plan.offload import LAYERS_UNDER_WAY, Link, Placed, describe_worth, on_device, place, spread
 from qlora_dist.shard.activations import offload_activations
 from qlora_dist.train.rehearsal import (
     Rehearsal,
+    Seen,
     bytes_of_state_to_come,
     least,
     median_seconds,
@@ -40,14 +42,19 @@ from qlora_dist.train.rehearsal import (
 
 # What is left to the allocator's rounding and to what the rehearsal did not see, such as a library's workspaces.
 MARGIN_SHARE, MARGIN_BYTES = 0.03, 2**28
-# And for a second plan of a single worker, whose rehearsal has been seen, and which can go on if memory runs out.
+# And for a second plan of a single worker, whose rehearsal has been seen, and which can go on if memory runs out. With
+# copies the allocator's memory is in more pieces, and in others from step to step: such a plan leaves the whole margin.
 CLOSE_SHARE, CLOSE_BYTES = 0.015, 2**26
 # Of the memory there is, the most that logits may take at a time, as a divisor.
 LOGITS_SHARE = 40
 # What the room of a plan that took too much shrinks by, as a share of it and of the memory there is; attempts in all.
 SHRINK, SHRINK_OF_LIMIT, ATTEMPTS = 0.15, 0.01, 5
+# By how much a run that takes its memory on the way may be slower for that.
+AS_FAST = 0.03
 # Of the host's free memory, what its workers pin where `train.host_memory_budget_gib` does not say.
 HOST_SHARE = 0.5
+# Of pinned memory, what tensors can use: the ends of its pieces are lost.
+PACKED = 0.85
 
 
 def set_activations(
@@ -77,7 +84,9 @@ def set_activations(
         return _use(blocks, [choice] * len(blocks))
     if not on_gpu:
         return _use(blocks, choices_on_cpu(blocks, leaner))
-    return _set_on_gpu(config, model, blocks, rehearsal, leaner)
+    line = _set_on_gpu(config, model, blocks, rehearsal, leaner)
+    rehearsal.over()
+    return line
 
 
 def choices_on_cpu(blocks: Sequence[Block], leaner: int) -> list[Choice]:
@@ -93,58 +102,111 @@ def _set_on_gpu(config: RunConfig, model: nn.Module, blocks: Sequence[Block], re
     """The plan of `auto`: what the leanest plan's rehearsal leaves, filled, rehearsed, and told in one line."""
     device, limit = rehearsal.device, memory_limit(rehearsal.device)
     limit_logits(model, limit // LOGITS_SHARE)
-    tokens, length = rehearsal.largest.rows * rehearsal.largest.length, rehearsal.largest.length
-    inputs = [tokens * block.shape.hidden * rehearsal.element_size for block in blocks]
-    host_bytes = least(bytes_of_host(config, rehearsal.local_workers), device)
-    leanest = [Choice()] * len(blocks)
-    _use(blocks, leanest)
     allowed = limit * (1 - MARGIN_SHARE) - MARGIN_BYTES - bytes_of_state_to_come(rehearsal.strategy)
-    with timed_forwards(blocks) as layer_seconds:
-        lean = rehearsal.peak_or_more(blocks)
-    # Among several workers an error would be the end, so that the margin decides.
-    fits = least((limit if rehearsal.alone else allowed) - lean, device) >= 0
-    if lean == float("inf") and not host_bytes:
-        raise torch.OutOfMemoryError("train.host_memory_budget_gib is 0, and not even recomputation fits the GPU")
-    if not fits and host_bytes:
-        # Layers' inputs go to the host and come back while others compute.
-        leanest = [Choice({"input_on_host"})] * len(blocks)
-        _use(blocks, leanest)
-        if len(blocks) < model_layers(model):
-            # And so does what the layers that are not fused save.
-            offload_activations(model)
-        with timed_forwards(blocks) as layer_seconds:
-            lean = rehearsal.peak() + sum(inputs) - LAYERS_UNDER_WAY * max(inputs)
-        if len(blocks) < model_layers(model):
-            return _use(blocks, leanest) + ", and what others save"
-    room = least(allowed - lean, device)
-    if room > 0:
-        room *= 1 - min(leaner, MOST_LEANER) / MOST_LEANER
+    host_bytes = least(bytes_of_host(config, rehearsal.local_workers), device)
+    fused_alone = len(blocks) == model_layers(model)
+    leanest = _rehearse_leanest(model, blocks, rehearsal, limit, allowed, host_bytes, leaner)
+    idle = [block for block in blocks if not block.trains]
+    blocks = [block for block in blocks if block.trains]
+    if leanest.hosted and not fused_alone:
+        return _use(blocks, leanest.of(blocks)) + ", and what others save"
+    _use(idle, [Choice()] * len(idle))
+    if leaner >= MOST_LEANER or not blocks:
+        return _use(blocks, leanest.of(blocks))
+    tokens, length = rehearsal.largest.rows * rehearsal.largest.length, rehearsal.largest.length
+    costs = [gains(b.shape, tokens, length, rehearsal.element_size, b.compute == "fp8") for b in blocks]
+    inputs = [_input_bytes(block, rehearsal) for block in blocks]
+    # The room is that beyond the leanest plan that has all inputs on the device.
+    moved = sum(size for size, one in zip(inputs, leanest.of(blocks), strict=True) if one)
+    smallest = -max(0, moved - LAYERS_UNDER_WAY * max(inputs))
+    room = least(allowed - (leanest.peak - smallest), device)
+    floor = 0 if room > 0 else smallest
+    if room > floor:
+        room = floor + (room - floor) * (1 - leaner / MOST_LEANER)
     sharded = any(block.sharded for block in blocks)
     kinds: list[Kind] = [kind for kind in KINDS if kind != "weights" or not sharded]
-    if leaner >= MOST_LEANER:
-        kinds = []
-    costs = [gains(b.shape, tokens, length, rehearsal.element_size, b.compute == "fp8") for b in blocks]
     link: Link | None = None
     if host_bytes and not _keeps_all(on_device(costs, room, kinds).choices):
         fp8 = blocks[0].compute == "fp8"
         as_modelled = forward_seconds(blocks[0].shape, tokens, length, rehearsal.element_size, fp8)
-        link = Link(
-            least(link_bytes_per_second(device), device), least(median_seconds(layer_seconds), device), host_bytes
-        )
+        link = Link(least(link_bytes_per_second(device), device), least(leanest.forward_seconds, device), host_bytes)
         # This GPU's rates, and not an H100's, say what a copy competes with.
         costs = [_scaled(cost, link.forward_seconds / as_modelled) for cost in costs]
-    found = _rehearsed(costs, inputs, room, link, kinds, blocks, rehearsal, limit, allowed)
+    found = _rehearsed(Terms(costs, inputs, link, kinds), room, blocks, rehearsal, limit, allowed)
     if found is None:
-        return _use(blocks, leanest)
+        return _use(blocks, leanest.of(blocks))
     placed, peak = found
     timed = ""
-    if link is not None and placed.copied and fits:
-        placed, peak, timed = _faster(placed, peak, on_device(costs, room, kinds), blocks, rehearsal, limit)
+    if link is not None and placed.copied and leanest.fits:
+        placed, peak, timed = _faster(placed, peak, on_device(costs, room, kinds), blocks, rehearsal)
     line = _use(blocks, placed.choices)
+    if idle:
+        line += f" ({len(idle)} before the first adapter need nothing)"
     return (
         f"{line}; {describe_worth(placed, link)}{timed}; "
         f"peak {peak / 2**30:.1f} GiB of {limit / 2**30:.1f} in rehearsal"
     )
+
+
+@dataclass(frozen=True)
+class Leanest:
+    """The leanest plan that fits, as rehearsed.
+
+    hosted: of the layers, those whose inputs wait in host memory. fits: whether the plan without that fits, too, as far
+    as is known. forward_seconds: a layer's.
+    """
+
+    peak: float
+    fits: bool
+    forward_seconds: float
+    hosted: frozenset[Block]
+
+    def of(self, blocks: Iterable[Block]) -> list[Choice]:
+        """What of each layer is kept."""
+        return [Choice({"input_on_host"}) if block in self.hosted else Choice() for block in blocks]
+
+
+def _rehearse_leanest(
+    model: nn.Module, blocks: Sequence[Block], rehearsal: Rehearsal, limit: int, allowed: float, host_bytes: float,
+    leaner: int,
+) -> Leanest:  # fmt: skip
+    """All is recomputed; where that is too much, layers' inputs go to the host and come back while others compute.
+
+    An error among several workers is the end of their group: they start again with the inputs on the host.
+
+    Raises:
+        OutOfRoom: several workers start again.
+        torch.OutOfMemoryError: it is too much all the same.
+    """
+    fused_alone = len(blocks) == model_layers(model)
+    helps = bool(host_bytes) and fused_alone
+    tries = rehearsal.alone or not (leaner and helps)
+    if tries:
+        _use(blocks, [Choice()] * len(blocks))
+        with timed_forwards(blocks) as forwards:
+            peak = rehearsal.once_or_more(blocks, leaner=helps).peak
+        # Among several workers an error would be the end, so that the margin decides.
+        fits = least((limit if rehearsal.alone else allowed) - peak, rehearsal.device) >= 0
+        if fits or (not host_bytes and peak <= limit):
+            return Leanest(peak, fits, median_seconds(forwards), frozenset())
+        if not host_bytes:
+            raise torch.OutOfMemoryError("train.host_memory_budget_gib is 0, and not even recomputation fits the GPU")
+    size = max(_input_bytes(block, rehearsal) for block in blocks)
+    hosted = spread(len(blocks), 0, min(len(blocks), int(host_bytes / size)))
+    _use(blocks, [Choice(one) for one in hosted])
+    if not fused_alone:
+        # And so does what the layers that are not fused save.
+        offload_activations(model)
+    with timed_forwards(blocks) as forwards:
+        peak = rehearsal.once().peak
+    on_host = frozenset(block for block, one in zip(blocks, hosted, strict=True) if one)
+    held = sum(_input_bytes(block, rehearsal) for block in on_host if block.trains)
+    fits = least(allowed - peak - max(0, held - LAYERS_UNDER_WAY * size), rehearsal.device) >= 0
+    return Leanest(peak, fits and not tries, median_seconds(forwards), on_host)
+
+
+def _input_bytes(block: Block, rehearsal: Rehearsal) -> int:
+    return rehearsal.largest.rows * rehearsal.largest.length * block.shape.hidden * rehearsal.element_size
 
 
 def model_layers(model: nn.Module) -> int:
@@ -153,10 +215,19 @@ def model_layers(model: nn.Module) -> int:
     return int(base.config.num_hidden_layers)
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What `place` takes beside the room."""
+
+    layers: Sequence[dict[Kind, Gain]]
+    inputs: Sequence[int]
+    link: Link | None
+    kinds: Sequence[Kind]
+
+
 def _rehearsed(
-    costs: Sequence[dict[Kind, Gain]], inputs: Sequence[int], room: float, link: Link | None, kinds: Sequence[Kind],
-    blocks: Sequence[Block], rehearsal: Rehearsal, limit: int, allowed: float,
-) -> tuple[Placed, float] | None:  # fmt: skip
+    terms: Terms, room: float, blocks: Sequence[Block], rehearsal: Rehearsal, limit: int, allowed: float
+) -> tuple[Placed, float] | None:
     """The best plan whose rehearsal fits, and its peak; None where none did.
 
     A single worker gives what its rehearsal leaves to another, larger plan: an error there costs nothing.
@@ -164,18 +235,18 @@ def _rehearsed(
     close = allowed + limit * (MARGIN_SHARE - CLOSE_SHARE) + MARGIN_BYTES - CLOSE_BYTES
     fitting: tuple[Placed, float] | None = None
     for _ in range(ATTEMPTS):
-        placed = place(costs, inputs, room, link, kinds)
+        placed = place(terms.layers, terms.inputs, room, terms.link, terms.kinds)
         if fitting is not None and placed.choices == fitting[0].choices:
             return fitting
         _use(blocks, placed.choices)
-        peak = rehearsal.peak_or_more(blocks)
+        peak = rehearsal.once_or_more(blocks, leaner=placed.copied > 0).peak
         left = least(limit - peak, rehearsal.device)
         if left < 0:
             if fitting is not None:
                 return fitting
-            room -= SHRINK * abs(room) + SHRINK_OF_LIMIT * limit
+            room = least(room - SHRINK * abs(room) - SHRINK_OF_LIMIT * limit, rehearsal.device)
             continue
-        slack = close - peak
+        slack = (allowed if placed.copied else close) - peak
         if not rehearsal.alone or fitting is not None or slack <= 0:
             return placed, peak
         fitting, room = (placed, peak), placed.size + slack
@@ -183,27 +254,34 @@ def _rehearsed(
 
 
 def _faster(
-    placed: Placed, peak: float, without: Placed, blocks: Sequence[Block], rehearsal: Rehearsal, limit: int
+    placed: Placed, peak: float, without: Placed, blocks: Sequence[Block], rehearsal: Rehearsal
 ) -> tuple[Placed, float, str]:
-    """Of the plan and one without the host that which runs faster, its peak, and what was measured."""
-    device = rehearsal.device
-    _use(blocks, without.choices)
-    other = rehearsal.peak_or_more(blocks)
-    if least(limit - other, device) < 0:
-        return placed, peak, ""
-    seconds = []
-    for choices in (without.choices, placed.choices):
-        _use(blocks, choices)
+    """Of the plan and one without the host that which runs faster, its peak, and what was measured.
+
+    The first has run before. The other has not, and takes its memory on the way: where that might be what makes it the
+    slower one, it runs once more.
+    """
+
+    def timed(plan: Placed) -> Seen:
+        _use(blocks, plan.choices)
+        seen = rehearsal.once_or_more(blocks, warm=True)
         # The slowest rank keeps the others waiting.
-        seconds.append(-least(-rehearsal.seconds(), device))
-    told = f"; {1e3 * seconds[1]:.0f} ms in rehearsal, {1e3 * seconds[0]:.0f} without the host"
-    return (placed, peak, told) if seconds[1] < seconds[0] else (without, other, told)
+        return Seen(seen.peak, -least(-seen.seconds, rehearsal.device))
+
+    ours = timed(placed).seconds
+    other = timed(without)
+    if ours < other.seconds < (1 + AS_FAST) * ours:
+        other = timed(without)
+    if other.seconds == float("inf"):
+        return placed, peak, ""
+    told = f"; {1e3 * ours:.0f} ms in rehearsal, {1e3 * other.seconds:.0f} without the host"
+    return (placed, peak, told) if ours < other.seconds else (without, other.peak, told)
 
 
 def bytes_of_host(config: RunConfig, workers: int) -> float:
-    """What a worker may have on the host, of `workers` that share it."""
+    """What a worker's tensors may take on the host, of `workers` that share it."""
     asked = config.train.host_memory_budget_gib
-    return HOST_SHARE * host_memory()["free"] / workers if asked is None else asked * 2**30
+    return PACKED * (HOST_SHARE * host_memory()["free"] / workers if asked is None else asked * 2**30)
 
 
 def _scaled(costs: dict[Kind, Gain], factor: float) -> dict[Kind, Gain]:

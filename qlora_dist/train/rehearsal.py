@@ -1,4 +1,4 @@
-"""A step of the run's largest size before the first one: what it takes of the device, and how long; it leaves no trace."""
+"""A step of the run's largest size before its first: what it takes of the device, and how long; no trace is left."""
 
 import gc
 import statistics
@@ -19,6 +19,17 @@ from qlora_dist.train.leaner_plan import OutOfRoom, keeping, throw_away_gradient
 
 
 @dataclass(frozen=True)
+class Seen:
+    """Of one run: the most bytes allocated, and seconds by the GPU's clock."""
+
+    peak: float
+    seconds: float
+
+
+TOO_MUCH = Seen(float("inf"), float("inf"))
+
+
+@dataclass(frozen=True)
 class Rehearsal:
     """A step of the run's largest size, without its update.
 
@@ -35,47 +46,49 @@ class Rehearsal:
     alone: bool
     local_workers: int = 1
 
-    def peak(self) -> int:
-        """The most bytes allocated while it runs; its gradients are thrown away."""
-        gc.collect()
-        torch.cuda.empty_cache()
+    def once(self, warm: bool = False) -> Seen:
+        """One run, whose gradients are thrown away.
+
+        Args:
+            warm: the allocator keeps the blocks of the run before, so that the time is that of a step.
+        """
+        if not warm:
+            gc.collect()
+            torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
         self.run()
+        end.record()
         throw_away_gradients(self.strategy)
         torch.cuda.synchronize(self.device)
-        peak = torch.cuda.max_memory_allocated(self.device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        return peak
+        return Seen(torch.cuda.max_memory_allocated(self.device), start.elapsed_time(end) / 1e3)
 
-    def seconds(self) -> float:
-        """What one run takes by the GPU's clock, the second of two: the first makes the allocator's blocks."""
-        for _ in range(2):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            self.run()
-            end.record()
-            throw_away_gradients(self.strategy)
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+    def once_or_more(self, blocks: Sequence[Block], warm: bool = False, leaner: bool = False) -> Seen:
+        """As `once`; where a single worker runs out of memory, `TOO_MUCH`.
 
-    def peak_or_more(self, blocks: Sequence[Block]) -> float:
-        """As `peak`; infinity where a single worker has less.
+        Args:
+            leaner: there is a leaner plan than one in which layers keep nothing.
 
         Raises:
-            OutOfRoom: among several, where the layers keep something that a leaner plan gives up.
-            torch.OutOfMemoryError: where they keep nothing.
+            OutOfRoom: among several, where a leaner plan gives something up.
+            torch.OutOfMemoryError: where none does.
         """
         try:
-            return self.peak()
+            return self.once(warm)
         except torch.OutOfMemoryError as error:
             failure = str(error)
         settle_all()
         # Only here has the error's traceback let go of its tensors. Other ranks stand in a collective by now.
         if not self.alone:
-            raise (OutOfRoom if keeping(blocks) else torch.OutOfMemoryError)(failure)
+            raise (OutOfRoom if leaner or keeping(blocks) else torch.OutOfMemoryError)(failure)
         throw_away_gradients(self.strategy)
-        return float("inf")
+        return TOO_MUCH
+
+    def over(self) -> None:
+        """The first step finds the allocator as if there had been none."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
 
 
 @contextmanager

@@ -12,7 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qlora_dist.config.schema import AdapterConfig, ModelConfig
+from qlora_dist.model.adapter import attach_adapter
+from qlora_dist.model.base import load_base
 from qlora_dist.model.block import RECOMPUTE_ALL, Block, Plan
+from qlora_dist.model.fused import fuse
 from qlora_dist.model.host_store import HostStore, store_of
 from qlora_dist.plan.activations import Choice, LayerShape, gains
 from qlora_dist.plan.offload import Link, place
@@ -70,14 +74,33 @@ def test_layers_on_the_host_train_the_same_to_the_bit(
     assert len(forwards) == NUMBER_OF_LAYERS * 2 * auto.train.max_steps
 
 
-def test_what_is_on_the_host_is_given_up_last_and_inputs_stay(base: Path) -> None:
-    from qlora_dist.config.schema import AdapterConfig, ModelConfig
-    from qlora_dist.model.adapter import attach_adapter
-    from qlora_dist.model.base import load_base
-    from qlora_dist.model.fused import fuse
+def fused_model(base: Path, **adapter: Any) -> tuple[Any, list[Block]]:
+    loaded = load_base(ModelConfig(name=str(base), compute_dtype="fp32"), base, torch.device("cpu"))
+    model = attach_adapter(loaded, AdapterConfig(r=4, **adapter), seed=0)
+    return model, fuse(model)
 
-    model = load_base(ModelConfig(name=str(base), compute_dtype="fp32"), base, torch.device("cpu"))
-    blocks = fuse(attach_adapter(model, AdapterConfig(r=4), seed=0))
+
+def test_layers_before_the_first_adapter_send_nothing(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing comes back from there, so that nobody would ask for it."""
+    model, blocks = fused_model(base, target_modules=["q_proj", "down_proj"], layers_to_transform=[3, 5])
+    store = HostStore(torch.device("cpu"))
+    store.min_bytes = 1
+    monkeypatch.setattr("qlora_dist.model.block.store_of", lambda device: store)
+    for block in blocks:
+        block.set_plan(Plan(input_on_host=True, attention_on_host=True))
+    ids = torch.arange(3, 43)[None]
+    loss = model(input_ids=ids, use_cache=False).logits.square().mean()
+    assert store.group == 3
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    assert [block.trains for block in blocks] == [False, False, False, True, True, True]
+    loss.backward()
+    assert store.group == 3
+    assert not store.leaving
+
+
+def test_what_is_on_the_host_is_given_up_last_and_inputs_stay(base: Path) -> None:
+    _, blocks = fused_model(base)
     for number, block in enumerate(blocks):
         block.set_plan(Plan(gate_up=number >= 4, input_on_host=number < 4, attention_on_host=True))
     lines = []
@@ -112,7 +135,7 @@ def test_a_graph_that_is_thrown_away_leaves_nothing_under_way() -> None:
 
 def test_a_persons_budget_of_host_memory_counts_and_half_of_what_is_free_else(base: Path, tmp_path: Path) -> None:
     asked = small_config(tmp_path, base, train={"host_memory_budget_gib": 3})
-    assert activation_plan.bytes_of_host(asked, 8) == 3 * 2**30
+    assert activation_plan.bytes_of_host(asked, 8) == activation_plan.PACKED * 3 * 2**30
     plain = small_config(tmp_path, base)
     alone, shared = (activation_plan.bytes_of_host(plain, workers) for workers in (1, 4))
     assert alone / 4 == pytest.approx(shared, rel=0.2)

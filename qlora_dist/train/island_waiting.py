@@ -15,7 +15,7 @@ T = TypeVar("T")
 # All ranks meet so often while they wait: none is in a collective for longer, however long the coordinator is away.
 MEET_S = 1.0
 # So long after it was asked to stop an island still tries to tell the coordinator what it has trained.
-STOP_S = 120.0
+STOP_S = 60.0
 # So long a contribution under way is waited for before an island holds still, where its workers may end.
 HOLD_S = 30.0
 

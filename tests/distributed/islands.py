@@ -165,6 +165,13 @@ def paused(step: int = 4) -> None:
     at_step(step, lambda: os.kill(os.getpid(), signal.SIGSTOP))
 
 
+def has_little_time() -> None:
+    """After a stop the coordinator is waited for for two seconds."""
+    from qlora_dist.train import island_loop
+
+    island_loop.STOP_S = 2.0
+
+
 def sends_nan(round: int = 1) -> None:
     """A NaN in the first contribution for this round or a later one."""
     _with_change(round, lambda island, lease, change: next(iter(change.values())).view(-1)[:1].fill_(float("nan")))

@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 from qlora_dist.aggregate.exchange import Header, encode
 from qlora_dist.coordinate.outer_address import outer_address
+from qlora_dist.coordinate.report import read_status
+from qlora_dist.coordinate.stop import ask_at_once
 from tests.distributed import islands as faults
 from tests.distributed.islands import Event, Islands, violations
 from tests.distributed.test_same_training import examples_of, first_adapter, rows
@@ -161,6 +163,32 @@ def test_the_other_settings(settings: dict, tiny_model: Path, data: Path, tmp_pa
         assert begun["parameters"] == sum(t.numel() for n, t in final.items() if "lora_B" in n)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp"])
+@pytest.mark.parametrize(
+    "settings", [{"method": "svd"}, {"freeze": "A", "exchange_bits": 8}, {"exchange_bits": 4, "overlap": True}]
+)
+def test_the_other_settings_where_the_adapter_is_in_shards(
+    settings: dict, strategy: str, tiny_model: Path, data: Path, tmp_path: Path
+) -> None:
+    """Two workers an island; what they load, reset and hand out is whole."""
+    with a_run(tmp_path, tiny_model, data, sync_every=SYNC, **settings) as run:
+        run.start("coordinator")
+        for name in "ab":
+            run.start(name, workers=2, shard={"strategy": strategy})
+        summary = run.finish()
+    assert violations(run.events()) == []
+    assert summary["packs_trained"] == 2 * STEPS * BATCH
+    losses = [event["facts"]["metrics"]["loss"] for event in run.events("round_committed")]
+    assert losses[-1] < losses[0]
+    theirs = [run.run_dir / "islands" / name / "adapter" / "adapter_model.safetensors" for name in "ab"]
+    final = safetensors.torch.load_file(run.run_dir / "adapter" / "adapter_model.safetensors")
+    for own in map(safetensors.torch.load_file, theirs):
+        assert own.keys() == final.keys()
+        if settings.get("exchange_bits", 32) == 32:
+            assert all(torch.equal(own[name], final[name]) for name in final)
+
+
 def test_a_killed_island_comes_back_and_nothing_is_lost(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     with a_run(tmp_path, tiny_model, data, round_deadline_s=60) as run:
         run.start("coordinator")
@@ -258,6 +286,25 @@ def test_an_island_of_two_workers_outlives_a_coordinator_that_is_away_longer_tha
     assert violations(run.events()) == []
     assert summary["packs_trained"] == 2 * STEPS * BATCH
     assert len(run.events("island_joined")) == 2
+
+
+@SLOW
+def test_an_island_stops_with_a_checkpoint_while_its_coordinator_is_gone(
+    tiny_model: Path, data: Path, tmp_path: Path
+) -> None:
+    with a_run(tmp_path, tiny_model, data) as run:
+        run.start("coordinator", faults.dies_after_the_commit)
+        run.start("a", faults.has_little_time)
+        run.start("b")
+        run.wait("the kill", lambda: run.processes["coordinator"].exitcode == -signal.SIGKILL)
+        folder = run.run_dir / "islands" / "a"
+        ask_at_once(folder, "a test")
+        began = time.monotonic()
+        run.processes["a"].join(60)
+        assert time.monotonic() - began < 20
+    status = read_status(folder)
+    assert (status["state"], status["last_checkpoint"]["step"]) == ("stopped", status["step"])
+    assert status["step"] >= 2 * SYNC
 
 
 def test_an_island_over_other_data_is_told_so(tiny_model: Path, data: Path, tmp_path: Path) -> None:

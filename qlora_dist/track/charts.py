@@ -88,7 +88,7 @@ def draw(chart: Chart) -> str:
                 axes.yaxis.set_major_formatter(EngFormatter(chart.unit))
             if chart.from_zero:
                 axes.set_ylim(bottom=0, top=1.05 * max(max(values), 1e-12))
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=chart.x_label == "step"))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=chart.x_label in ("step", "round")))
         axes.set_xlabel(chart.x_label)
         axes.set_ylabel(chart.y_label)
         if len(shown) > 1:

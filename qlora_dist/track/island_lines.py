@@ -7,6 +7,11 @@ from qlora_dist.coordinate.ranges import count
 Line = tuple[str, str, str]  # label, text, style
 
 
+def unit_of(record: dict[str, Any]) -> str:
+    """What a record's `step` counts: a coordinator of islands has no attempts, and commits rounds."""
+    return "round" if record.get("attempt") == 0 else "step"
+
+
 def island_line(event: dict[str, Any]) -> Line | None:
     """The line of an event that a person wants to know of; None for any other."""
     match event["kind"]:
@@ -28,10 +33,10 @@ def island_line(event: dict[str, Any]) -> Line | None:
 
 
 def round_text(event: dict[str, Any]) -> str:
-    """A committed round: who, how much, the loss."""
+    """A committed round, the first being 1: who, how much, the loss."""
     metrics = event["facts"].get("metrics", {})
     islands = ", ".join(entry["island"] for entry in event["counted"])
-    parts = [f"{event['round']}: {len(event['counted'])} contribution(s) ({islands}), closed by {event['why']}"]
+    parts = [f"{event['round'] + 1}: {len(event['counted'])} contribution(s) ({islands}), closed by {event['why']}"]
     if metrics.get("loss") is not None:
         parts.append(f"loss {metrics['loss']:.4f}")
     if metrics.get("bytes_sent"):

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from qlora_dist.coordinate.log import EventLog
 from qlora_dist.coordinate.report import read_status
 from qlora_dist.coordinate.rundir import CONFIG_FILE, EVENTS_FILE
 from qlora_dist.track.charts import Chart, Line, Points, draw, smooth
-from qlora_dist.track.island_lines import island_line
+from qlora_dist.track.island_lines import island_line, unit_of
 from qlora_dist.track.metrics import read_metrics
 
 FILE = "report.html"
@@ -87,6 +88,7 @@ def charts(records: Records, events: Records) -> list[Chart]:
     duration = records[-1]["time"] - start if records else 0.0
     unit, seconds = next(((u, s) for u, s in (("hours", 3600), ("minutes", 60)) if duration > 2 * s), ("seconds", 1))
     restarts = [e["time"] for e in events if e["kind"] == "generation" and e["generation"] > 1]
+    counted = unit_of(records[-1]) if records else "step"
     every = [
         Chart("Training loss", [Line("each step", loss, faint=bool(smoothed)), *smoothed], log=True),
         Chart("Held-out loss", [Line("held-out loss", series(records, "eval_loss"), dots=True)], log=True),
@@ -122,35 +124,46 @@ def charts(records: Records, events: Records) -> list[Chart]:
         ),
         Chart("Memory of rank 0, GiB", [Line("GiB", series(records, "memory_bytes", 2**-30))], from_zero=True),
         Chart(
-            "Step over time" + (", restarts dashed" if restarts else ""),
-            [Line("step", [((r["time"] - start) / seconds, r["step"]) for r in records])], x_label=unit,
+            f"{counted.capitalize()} over time" + (", restarts dashed" if restarts else ""),
+            [Line(counted, [((r["time"] - start) / seconds, r["step"]) for r in records])], x_label=unit,
             marks=[(moment - start) / seconds for moment in restarts if moment >= start],
         ),
     ]  # fmt: skip
-    return [chart for chart in every if any(line.points for line in chart.lines)]
+    shown = [chart for chart in every if any(line.points for line in chart.lines)]
+    return [replace(chart, x_label=counted) if chart.x_label == "step" else chart for chart in shown]
 
 
 def key_figures(records: Records, status: dict[str, Any], events: Records) -> list[tuple[str, str, str]]:
     """(what, figure, remark) of what one looks for first."""
     figures = []
     steps, held_out, loss = status.get("max_steps"), series(records, "eval_loss"), series(records, "loss")
+    at = unit_of(records[-1]) if records else "step"
     if loss:
         step = int(loss[-1][0])
-        figures.append(("Step", f"{step:,}", f"of {steps:,}" if steps else ""))
-        figures.append(("Training loss", f"{loss[-1][1]:.4f}", f"{loss[0][1]:.4f} at step {int(loss[0][0])}"))
+        figures.append((at.capitalize(), f"{step:,}", f"of {steps:,}" if steps else ""))
+        figures.append(("Training loss", f"{loss[-1][1]:.4f}", f"{loss[0][1]:.4f} at {at} {int(loss[0][0])}"))
     if held_out:
         best = min(held_out, key=lambda point: point[1])
         figures.append(
-            ("Held-out loss", f"{held_out[-1][1]:.4f}", f"{held_out[0][1]:.4f} at step {int(held_out[0][0])}")
+            ("Held-out loss", f"{held_out[-1][1]:.4f}", f"{held_out[0][1]:.4f} at {at} {int(held_out[0][0])}")
         )
-        figures.append(("Best held-out loss", f"{best[1]:.4f}", f"at step {int(best[0])}"))
+        figures.append(("Best held-out loss", f"{best[1]:.4f}", f"at {at} {int(best[0])}"))
     speed = mean_speed(records)
     if speed is not None:
         figures.append(("Tokens/s", f"{speed:,.0f}", "mean over steps, all workers"))
     figures.append(("Duration", clock(duration_s(events)), "from the first start, waiting included"))
-    attempts = sum(event["kind"] == "generation" for event in events)
-    figures.append(("Attempts", str(attempts), f"{len(status.get('ranks') or [])} worker(s)"))
+    if at == "round":
+        joined = {event["island"] for event in events if event["kind"] == "island_joined"}
+        figures.append(("Islands", str(len(joined)), f"{moved_mb(records):,.0f} MB exchanged"))
+    else:
+        attempts = sum(event["kind"] == "generation" for event in events)
+        figures.append(("Attempts", str(attempts), f"{len(status.get('ranks') or [])} worker(s)"))
     return figures
+
+
+def moved_mb(records: Records) -> float:
+    """What islands have sent and received, in MB."""
+    return 1e-6 * sum(r.get("bytes_sent", 0) + r.get("bytes_received", 0) for r in records)
 
 
 def mean_speed(records: Records) -> float | None:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column, Table
 from rich.text import Text
 
-from qlora_dist.track.island_lines import island_line
+from qlora_dist.track.island_lines import island_line, unit_of
 from qlora_dist.track.metrics import FILE as METRICS_FILE
 from qlora_dist.track.metrics import read_metrics
 
@@ -144,11 +144,12 @@ class View:
     def show_evaluation(self, record: dict[str, Any]) -> None:
         """One line for a held-out loss."""
         loss, perplexity = record["eval_loss"], record.get("eval_perplexity")
+        when = f"{unit_of(record)} {record['step']}"
         if loss is None:
-            self.line("eval", f"step {record['step']}: held-out loss is not finite", style="red")
+            self.line("eval", f"{when}: held-out loss is not finite", style="red")
         else:
             shown = f", perplexity {perplexity:.2f}" if perplexity is not None and perplexity < 1e6 else ""
-            self.line("eval", f"step {record['step']}: held-out loss {loss:.4f}{shown}", style="cyan")
+            self.line("eval", f"{when}: held-out loss {loss:.4f}{shown}", style="cyan")
 
     def show_step(self, record: dict[str, Any]) -> None:
         """The progress of training."""

@@ -13,7 +13,7 @@ from qlora_dist.coordinate.ranges import count
 from qlora_dist.coordinate.report import read_status
 from qlora_dist.coordinate.rundir import EVENTS_FILE
 from qlora_dist.coordinate.stop import is_over
-from qlora_dist.track.island_lines import island_line
+from qlora_dist.track.island_lines import island_line, unit_of
 from qlora_dist.track.metrics import FILE as METRICS_FILE
 from qlora_dist.track.terminal import Tail
 
@@ -97,25 +97,24 @@ def lines(record: dict[str, Any]) -> Iterator[Line]:
         case "finished":
             summary = record["summary"]
             early = ", stopped early" if summary.get("stopped_early") else ""
-            yield "finished", f"after step {record['step']}{early}", "bold"
+            after = f"{record['step']} rounds" if "rounds" in summary else f"step {record['step']}"
+            yield "finished", f"after {after}{early}", "bold"
             if summary.get("adapter"):
                 yield "adapter", str(summary["adapter"]), ""
         case "eval":
             loss = record["eval_loss"]
             shown = "is not finite" if loss is None else f"{loss:.4f}"
-            yield "eval", f"step {record['step']}: held-out loss {shown}", "cyan"
+            yield "eval", f"{unit_of(record)} {record['step']}: held-out loss {shown}", "cyan"
         case "example":
             return  # what is in the data is for the person who starts the run
         case "leased":
             packs = count(record["pieces"])
-            yield "lease", f"{packs} packs of round {record['round']} to island {record['island']}", "dim"
+            yield "lease", f"{packs} packs of round {record['round'] + 1} to island {record['island']}", "dim"
         case "contributed":
             tokens, lease = record["tokens"], record["lease"]
             yield "island", f"{record['island']} has contributed lease {lease}, {tokens:,} tokens", "dim"
-        case "evaluated":
-            yield "eval", f"held-out loss {record['eval_loss']:.4f} after {record['version']} rounds", "cyan"
-        case "island_told" | "leases_ended" | "rounds_resumed":
-            return
+        case "evaluated" | "island_told" | "leases_ended" | "rounds_resumed":
+            return  # the first is a record of the metrics, too
         case _ if (line := island_line(record)) is not None:
             yield line
         case _:

@@ -14,6 +14,7 @@ import yaml
 
 from qlora_dist.coordinate.log import EventLog
 from qlora_dist.coordinate.report import read_status
+from qlora_dist.track.report import render
 from tests.cluster.faults import REPOSITORY, all_gone, family, wait_until
 from tests.distributed.islands import Event, violations
 from tests.single import small_config
@@ -82,7 +83,12 @@ def test_one_command_trains_everything(started: Started) -> None:
     assert (status["state"], status["rounds"]["round"], status["rounds"]["packs_trained"]) == ("finished", 2, 16)
     assert all((started.run_dir / "islands" / name / "adapter").is_dir() for name in "01")
     shown = (started.folder / "output.txt").read_text()
+    assert "round  1: 2 contribution(s)" in shown
+    assert "round  2: 2 contribution(s)" in shown
     assert "closed by everyone" in shown
+    report = render(started.run_dir)
+    assert all(words in report for words in ("Round over time", ">Islands<", "2 rounds")), report
+    assert "at step" not in report
     assert "island  1 has left" in shown
 
 

@@ -1,4 +1,7 @@
-"""The norm in front of the head, fused: one pass each way, and nothing of it kept in fp32 but 1 / rms."""
+"""RMSNorm, fused: one pass each way, and nothing of it kept in fp32 but 1 / rms.
+
+M tokens of the micro-batch (B rows of T), H hidden size, K inputs of a projection, P its padded LoRA rank.
+"""
 
 from typing import Any
 
@@ -7,10 +10,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlora_dist.kernels.rmsnorm import rms_norm, rms_norm_backward
-from qlora_dist.model.projection import current, statistics_dtype
+from qlora_dist.model.projection import Projection, current, statistics_dtype
 
 # All of them compute weight * x / rms(x), with the square root in fp32.
 NORM_CLASSES = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "SmolLM3RMSNorm"})
+
+
+def normed(norm: Any, x_MH: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
+    """RMSNorm of x in the first columns of a buffer [M, K + P] for `projection`, and 1 / rms [M]."""
+    out_MW = projection.room(x_MH.shape[0], x_MH)
+    rstd_M = torch.empty(x_MH.shape[0], dtype=statistics_dtype(x_MH), device=x_MH.device)
+    rms_norm(x_MH, current(norm, "weight"), norm.variance_epsilon, out_MW[:, : projection.K], rstd_M)
+    return out_MW, rstd_M
 
 
 class _RMSNorm(torch.autograd.Function):

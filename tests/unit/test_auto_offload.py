@@ -56,7 +56,8 @@ def test_layers_on_the_host_train_the_same_to_the_bit(
     auto = small_config(tmp_path / "auto", base, **sections)
     store = HostStore(torch.device("cpu"))
     store.min_bytes = 1
-    monkeypatch.setattr("qlora_dist.model.block.store_of", lambda device: store)
+    for module in ("block", "attention"):
+        monkeypatch.setattr(f"qlora_dist.model.{module}.store_of", lambda device: store)
     monkeypatch.setattr(activation_plan, "choices_on_cpu", for_a_small_gpu)
     forwards, begin = [], store.begin_layer
     monkeypatch.setattr(store, "begin_layer", lambda: (forwards.append(1), begin()))
@@ -85,7 +86,8 @@ def test_layers_before_the_first_adapter_send_nothing(base: Path, monkeypatch: p
     model, blocks = fused_model(base, target_modules=["q_proj", "down_proj"], layers_to_transform=[3, 5])
     store = HostStore(torch.device("cpu"))
     store.min_bytes = 1
-    monkeypatch.setattr("qlora_dist.model.block.store_of", lambda device: store)
+    for module in ("block", "attention"):
+        monkeypatch.setattr(f"qlora_dist.model.{module}.store_of", lambda device: store)
     for block in blocks:
         block.set_plan(Plan(input_on_host=True, attention_on_host=True))
     ids = torch.arange(3, 43)[None]

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM as Auto
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qlora_dist.model import attention as attention_module
 from qlora_dist.model import block as block_module
 from qlora_dist.model import host_store
 from qlora_dist.model.block import KEEP_ALL, RECOMPUTE_ALL, Plan
@@ -230,7 +231,8 @@ def test_what_goes_to_the_host_comes_back_to_the_bit(family: str, plan: str, mon
     store = HostStore(torch.device("cpu"))
     store.min_bytes = 1
     monkeypatch.setattr(host_store, "SLAB_BYTES", 1)
-    monkeypatch.setattr(block_module, "store_of", lambda device: store)
+    for module in (block_module, attention_module):
+        monkeypatch.setattr(module, "store_of", lambda device: store)
     wanted, wanted_grads, _ = losses(plain, batch(False), fused=True)
     lines: list[list[tuple[int, bool, bool]]] = []
 

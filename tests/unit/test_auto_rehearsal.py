@@ -23,6 +23,7 @@ from qlora_dist.train.activation_plan import _set_on_gpu
 from qlora_dist.train.largest import Largest
 from qlora_dist.train.leaner_plan import OutOfRoom
 from qlora_dist.train.rehearsal import Rehearsal, Seen
+from tests.distributed.gloo import in_group
 from tests.single import small_config
 from tests.tiny import make_tiny_model
 
@@ -76,9 +77,17 @@ class MadeUpGpu(Rehearsal):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    base = make_tiny_model(tmp_path_factory.mktemp("base"), num_layers=NUMBER_OF_LAYERS)
-    loaded = load_base(ModelConfig(name=str(base), compute_dtype="fp32"), base, torch.device("cpu"))
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("base"), num_layers=NUMBER_OF_LAYERS)
+
+
+@pytest.fixture(scope="module")
+def model(base: Path) -> Any:
+    return adapted(base)
+
+
+def adapted(base: Path) -> Any:
+    loaded = load_base(ModelConfig(name=str(base), compute_dtype="fp32"), base, CPU)
     return attach_adapter(loaded, AdapterConfig(r=4), seed=0)
 
 
@@ -219,3 +228,22 @@ def test_a_plan_is_chosen_in_a_handful_of_rehearsals(
     line, gpu = plan(model, monkeypatch, tmp_path, LEAN + 3 * GIB, seconds=seconds, cold=cold)
     assert len(gpu.ran) == runs
     assert ("in host memory" in line) == (seconds[0] < seconds[1])
+
+
+def plan_of_rank(rank: int, base: Path) -> tuple[str, int, list[Plan]]:
+    """On GPUs with other memory, links, clocks and hosts."""
+    limit, seconds = LEAN + (3 - rank) * GIB, ((0.6, 0.61), (0.58, 0.65))[rank]
+    line, gpu = plan(
+        adapted(base), pytest.MonkeyPatch(), base, limit, link=(30e9, 55e9)[rank], host=(64, 2)[rank], seconds=seconds,
+        alone=False,
+    )  # fmt: skip
+    return line.split("; peak")[0], len(gpu.ran), [block.plan for block in gpu.blocks]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_ranks_agree_on_one_plan_in_as_many_rehearsals(base: Path) -> None:
+    first, second = in_group(2, plan_of_rank, base, timeout_s=50)
+    assert first == second
+    assert "600 ms in rehearsal, 650 without the host" in first[0], "the slowest rank's"
+    assert any(one.attention_on_host for one in first[2])

@@ -94,7 +94,8 @@ class Block:
     @property
     def shape(self) -> LayerShape:
         """Its sizes."""
-        return LayerShape(self.qkv.K, self.down.K, self.q_width, self.kv_width, self.normed_heads)
+        ranks = (self.qkv.R, self.output.R, self.gate_up.R, self.down.R)
+        return LayerShape(self.qkv.K, self.down.K, self.q_width, self.kv_width, self.normed_heads, ranks)
 
     @property
     def projections(self) -> tuple[Projection, ...]:

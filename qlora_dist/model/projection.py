@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qlora_dist.kernels.factors import Factors, place_factors
 from qlora_dist.kernels.nf4 import NestedAbsmax, Packed, pack, unpack_into
+from qlora_dist.plan.activations import padded
 
 
 class Part:
@@ -110,7 +111,7 @@ class Projection:
 
     def padded_rank(self, device: torch.device) -> int:
         """P: tensor cores want multiples; a CPU does not."""
-        return self.R if device.type == "cpu" else -(-self.R // 64) * 64
+        return self.R if device.type == "cpu" else padded(self.R)
 
     def factors(self) -> list[Tensor]:
         """All factors, in the order in which `backward` returns their gradients."""

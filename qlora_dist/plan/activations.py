@@ -18,15 +18,23 @@ Choice = frozenset[Kind | HostKind]
 GEMM_FLOPS, FP8_GEMM_FLOPS, ATTENTION_FLOPS, BYTES_PER_SECOND = 7e14, 11e14, 4.5e14, 2.7e12
 
 
+# LoRA's factors lie beside the weights, and their products beside the activations, in multiples of so many columns.
+RANK_MULTIPLE = 64
+
+
 @dataclass(frozen=True)
 class LayerShape:
-    """A decoder layer: its sizes in elements (queries and keys: all heads), and whether it norms each head."""
+    """A decoder layer: its sizes in elements (queries and keys: all heads), and whether it norms each head.
+
+    ranks: the LoRA ranks of q, k and v together, the output, gate and up together, and down.
+    """
 
     hidden: int
     intermediate: int
     queries: int
     keys: int
     normed: bool = False
+    ranks: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     @property
     def weights(self) -> int:
@@ -34,13 +42,33 @@ class LayerShape:
         attention = self.hidden * (2 * self.queries + 2 * self.keys)
         return attention + 3 * self.hidden * self.intermediate
 
+    @property
+    def padded_weights(self) -> int:
+        """The same with room for the factors, as they are kept."""
+        sizes = (
+            (self.queries + 2 * self.keys, self.hidden),
+            (self.hidden, self.queries),
+            (2 * self.intermediate, self.hidden),
+            (self.hidden, self.intermediate),
+        )
+        return sum((n + padded(r)) * (k + padded(r)) for (n, k), r in zip(sizes, self.ranks, strict=True))
+
 
 @dataclass(frozen=True)
 class Gain:
-    """What keeping one kind in one layer costs, in bytes, and saves, in seconds a micro-batch."""
+    """What keeping one kind in one layer costs, in bytes, and saves, in seconds a micro-batch.
+
+    stays: of the bytes, those that are on the device also where the kind is on the host.
+    """
 
     size: int
     seconds: float
+    stays: int = 0
+
+
+def padded(rank: int) -> int:
+    """The columns of a buffer that a LoRA rank takes."""
+    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
 def gains(shape: LayerShape, tokens: int, length: int, element_size: int, fp8: bool = False) -> dict[Kind, Gain]:
@@ -52,7 +80,9 @@ def gains(shape: LayerShape, tokens: int, length: int, element_size: int, fp8: b
         fp8: whether the frozen weights are multiplied in FP8. Kept, there are two of each then, of a byte a weight:
             the backward wants it turned.
     """
-    gate_up = 2 * tokens * shape.intermediate
+    r_qkv, r_output, r_gate_up, _ = shape.ranks
+    gate_up = tokens * (2 * shape.intermediate + padded(r_gate_up) + r_gate_up)
+    low_rank = tokens * (r_qkv + r_output)
     heads = shape.queries + 2 * shape.keys
     attention = tokens * (heads + shape.queries + shape.hidden)
     if shape.normed:
@@ -63,12 +93,16 @@ def gains(shape: LayerShape, tokens: int, length: int, element_size: int, fp8: b
     looking = 2 * tokens * length * shape.queries
     # 4-bit weights are read and written out, in the forward and in the backward.
     unpacked = 2 * shape.weights * (0.52 + (1 if fp8 else element_size)) / BYTES_PER_SECOND
-    norms = 2 * tokens * shape.hidden * element_size
+    norms = tokens * (2 * shape.hidden + padded(r_qkv) + padded(r_gate_up)) * element_size
     gemm_flops = FP8_GEMM_FLOPS if fp8 else GEMM_FLOPS
     return {
         "gate_up": Gain(gate_up * element_size, 4 * tokens * shape.hidden * shape.intermediate / gemm_flops),
-        "attention": Gain(attention * element_size, projections / gemm_flops + looking / ATTENTION_FLOPS),
-        "weights": Gain(shape.weights * (2 if fp8 else element_size), unpacked),
+        "attention": Gain(
+            (attention + low_rank) * element_size,
+            projections / gemm_flops + looking / ATTENTION_FLOPS,
+            low_rank * element_size,
+        ),
+        "weights": Gain(2 * shape.weights if fp8 else shape.padded_weights * element_size, unpacked),
         "norms": Gain(norms, 2 * norms / BYTES_PER_SECOND),
     }
 

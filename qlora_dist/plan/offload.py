@@ -143,16 +143,18 @@ def _with_host(
     """The rest of the room filled; None where the host has too little memory."""
     elsewhere = ["attention_on_host" in one for one in hosted]
     from_inputs = [size if "input_on_host" in one else 0 for size, one in zip(inputs, hosted, strict=True)]
-    copied = [
-        size + (layer["attention"].size if is_so else 0)
-        for size, layer, is_so in zip(from_inputs, layers, elsewhere, strict=True)
+    away = [
+        layer["attention"].size - layer["attention"].stays if is_so else 0
+        for layer, is_so in zip(layers, elsewhere, strict=True)
     ]
+    copied = [size + other for size, other in zip(from_inputs, away, strict=True)]
     if sum(copied) > link.host_bytes:
         return None
+    stays = sum(layer["attention"].stays for layer, is_so in zip(layers, elsewhere, strict=True) if is_so)
     taken = LAYERS_UNDER_WAY * max(copied) - sum(from_inputs)
-    kept = fill(wanted, elsewhere, room - taken)
+    kept = fill(wanted, elsewhere, room - taken - stays)
     size, saved = _worth(layers, kept)
-    size -= sum(layer["attention"].size for layer, is_so in zip(layers, elsewhere, strict=True) if is_so)
+    size -= sum(away)
     waited = waited_seconds(copied, link)
     # Copies take a share of the device's memory bandwidth, out and back.
     cost = waited + 2 * sum(copied) / BYTES_PER_SECOND

@@ -6,7 +6,7 @@ recomputation, and the chosen plan is rehearsed in its turn. Rehearsals leave no
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -285,7 +285,7 @@ def bytes_of_host(config: RunConfig, workers: int) -> float:
 
 
 def _scaled(costs: dict[Kind, Gain], factor: float) -> dict[Kind, Gain]:
-    return {kind: Gain(gain.size, gain.seconds * factor) for kind, gain in costs.items()}
+    return {kind: replace(gain, seconds=gain.seconds * factor) for kind, gain in costs.items()}
 
 
 def _keeps_all(choices: Sequence[Choice]) -> bool:

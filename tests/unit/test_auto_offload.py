@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from qlora_dist.config.schema import AdapterConfig, ModelConfig
 from qlora_dist.model.adapter import attach_adapter
 from qlora_dist.model.base import load_base
-from qlora_dist.model.block import RECOMPUTE_ALL, Block, Plan
+from qlora_dist.model.block import RECOMPUTE_ALL, Block, Plan, run_block
 from qlora_dist.model.fused import fuse
 from qlora_dist.model.host_store import HostStore, store_of
 from qlora_dist.plan.activations import Choice, LayerShape, gains
@@ -75,10 +75,41 @@ def test_layers_on_the_host_train_the_same_to_the_bit(
     assert len(forwards) == NUMBER_OF_LAYERS * 2 * auto.train.max_steps
 
 
-def fused_model(base: Path, **adapter: Any) -> tuple[Any, list[Block]]:
+def fused_model(base: Path, r: int = 4, **adapter: Any) -> tuple[Any, list[Block]]:
     loaded = load_base(ModelConfig(name=str(base), compute_dtype="fp32"), base, torch.device("cpu"))
-    model = attach_adapter(loaded, AdapterConfig(r=4, **adapter), seed=0)
+    model = attach_adapter(loaded, AdapterConfig(r=r, **adapter), seed=0)
     return model, fuse(model)
+
+
+def test_a_layer_keeps_what_the_plan_takes_it_to_keep(base: Path) -> None:
+    """At a rank that is no small part, by all storages that a layer's backward holds."""
+    model, blocks = fused_model(base, r=64)
+    ids = torch.arange(3, 43)[None]
+    sizes = {kind: gain.size for kind, gain in gains(blocks[0].shape, ids.numel(), ids.numel(), 4).items()}
+    held = {}
+    for kind in ("nothing", "gate_up", "attention", "weights", "norms"):
+        kept = {"gate_up", "attention", "norms"} if kind == "norms" else {kind}
+        for block in blocks:
+            block.set_plan(Plan(**{name: name in kept for name in sizes}))
+        storages: dict[int, int] = {}
+
+        def count(tensor: torch.Tensor | None, found: dict[int, int] = storages) -> Any:
+            if tensor is not None and not isinstance(tensor, torch.nn.Parameter):
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x_BTH = torch.rand(1, ids.numel(), 64, requires_grad=True)
+        rope = model.get_base_model().model.rotary_emb(x_BTH, torch.arange(ids.numel())[None])
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            made: Any = run_block(blocks[0], x_BTH, *rope, None).grad_fn
+        attended = [] if made.attended is None else [made.attended.xa_MR, made.attended.normed_MW]
+        for tensor in (*attended, made.out_xa, *(made.gate_up or ()), *(p._kept for p in blocks[0].projections)):
+            count(tensor)
+        held[kind] = sum(storages.values())
+    held["norms"] -= held["gate_up"] + held["attention"] - 2 * held["nothing"]
+    # Beside it: 1 / rms of each token, and of each head the log of the softmax's sum.
+    for kind, size in sizes.items():
+        assert 0 <= held[kind] - held["nothing"] - size <= ids.numel() * (4 + 2) * 4, kind
 
 
 def test_layers_before_the_first_adapter_send_nothing(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

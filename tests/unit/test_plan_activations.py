@@ -1,5 +1,7 @@
 """The arithmetic of keeping activations, at sizes where the best choice is known."""
 
+from dataclasses import replace
+
 import pytest
 
 from qlora_dist.plan.activations import KINDS, LayerShape, choose, describe, gains
@@ -15,6 +17,18 @@ def test_sizes_are_those_of_the_tensors() -> None:
     assert found["attention"].size == 8 * 2048 * (4096 + 6144 + 4096) * 2
     assert found["weights"].size == 218_103_808 * 2
     assert found["norms"].size == 2 * 8 * 2048 * 4096 * 2
+
+
+def test_a_large_rank_takes_its_share() -> None:
+    """256: products with A beside q, k, v and the output, and beside gate and up, whose buffer has room for them."""
+    ranks = (768, 256, 512, 256)
+    plain, found = (gains(shape, 1024, 1024, 2) for shape in (LLAMA_8B, replace(LLAMA_8B, ranks=ranks)))
+    assert found["gate_up"].size - plain["gate_up"].size == 1024 * 2 * 512 * 2
+    assert found["attention"].size - plain["attention"].size == found["attention"].stays == 1024 * (768 + 256) * 2
+    assert found["weights"].size / plain["weights"].size == pytest.approx(1.15, abs=0.01)
+    # Buffers are multiples of 64 wide.
+    small = gains(replace(LLAMA_8B, ranks=(48, 16, 32, 16)), 1024, 1024, 2)
+    assert small["norms"].size - plain["norms"].size == 1024 * 2 * 64 * 2
 
 
 def test_worth_a_gib_is_in_the_order_that_was_measured() -> None:

@@ -1,6 +1,7 @@
 """What waits in host memory: the plan's arithmetic, at sizes where the best choice is known, and its promises."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -38,6 +39,24 @@ def bytes_on_device(placed: Placed) -> float:
         total -= size if "input_on_host" in choice else 0
         moved.append((layer["attention"].size if away else 0) + (size if "input_on_host" in choice else 0))
     return total + 2 * max(moved)
+
+
+def test_what_a_large_rank_leaves_on_the_device_counts() -> None:
+    """The products with A of all hosted layers are there, and do not travel."""
+    ranked = [gains(replace(LLAMA_8B, ranks=(768, 256, 512, 256)), TOKENS, 2048, 2)] * 32
+    stays = ranked[0]["attention"].stays
+    assert stays == TOKENS * 1024 * 2
+    room = 2 * (LAYERS[0]["attention"].size + INPUTS[0]) - 32 * INPUTS[0]
+    for layers, fits in ((LAYERS, room), (ranked, room + 32 * stays)):
+        for less in (0, 1):
+            placed = place(layers, INPUTS, fits - less, FAST, ["attention"])
+            everything = host(placed, "attention_on_host") == host(placed, "input_on_host") == 32
+            assert everything == (not less)
+        assert placed.size <= fits - 1
+    assert (
+        place(ranked, INPUTS, room + 32 * stays, FAST, ["attention"]).copied
+        == place(LAYERS, INPUTS, room, FAST, ["attention"]).copied
+    )
 
 
 def test_a_layers_forward_is_about_what_an_h100_takes() -> None:

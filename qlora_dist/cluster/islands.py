@@ -122,7 +122,8 @@ class Group:
     def over(self) -> Outcome | None:
         """How the run ended, once it has."""
         mended = [child for child in (self.coordinator, *self.islands) if child.code == 2]
-        if mended:
+        # An island that was too late for anything is no mistake of the run's.
+        if mended and self.decisions.run.finished is None:
             return Outcome(2, self.reason(mended[0]))
         if self.coordinator.process is not None and all(child.code is not None for child in self.islands):
             finished = self.decisions.run.finished is not None

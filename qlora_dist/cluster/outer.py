@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import secrets
+import socket
 import sys
 from pathlib import Path
 
@@ -79,8 +80,17 @@ def serve(
             raise UserError("coordinator-port-taken", host=host, port=port or 0, error=error.strerror) from error
         # Somebody else's by now; islands that are started anew read the new one from the file.
         service = CoordinatorService(coordinator, token, host, 0, coordinator)
-    reached_at = this_host() if host in ("0.0.0.0", "::", "") else host
-    return token, f"http://{reached_at}:{service.port}", service
+    name = reached_at() if host in ("0.0.0.0", "::", "") else host
+    return token, f"http://{name}:{service.port}", service
+
+
+def reached_at() -> str:
+    """The name by which other machines find this one: Slurm's name of a node need be none."""
+    try:
+        socket.gethostbyname(this_host())
+    except OSError:
+        return socket.gethostname()
+    return this_host()
 
 
 def start_job(run_dir: Path, launcher: str) -> None:

@@ -7,6 +7,9 @@ import time
 from pathlib import Path
 
 from qlora_dist.config.errors import UserError
+from qlora_dist.coordinate.log import EventLog
+from qlora_dist.coordinate.replay import Run
+from qlora_dist.coordinate.rundir import EVENTS_FILE
 
 TOKEN_VARIABLE = "QLORA_DIST_TOKEN"
 ADDRESS_FILE = "coordinator.json"
@@ -24,13 +27,14 @@ def outer_address(coordinator: str, run_dir: Path) -> tuple[str, str]:
         run_dir: the island's own, in which its starter may have left the token (`keep_token`).
 
     Raises:
-        UserError: it is neither, or the token is not known.
+        UserError: it is neither, the token is not known, or the run in the folder has trained everything.
     """
     file = Path(coordinator).expanduser() / ADDRESS_FILE
     deadline = time.monotonic() + START_S
     while file.parent.is_dir() and not file.is_file() and time.monotonic() < deadline:
         time.sleep(0.2)
     if file.is_file():
+        _refuse_finished(file.parent)
         told = json.loads(file.read_text())
         return told["url"], told["token"]
     if not re.fullmatch(r"(https?://)?[A-Za-z0-9.\-\[\]:]+:\d+(/.*)?", coordinator):
@@ -42,6 +46,14 @@ def outer_address(coordinator: str, run_dir: Path) -> tuple[str, str]:
     if not token:
         raise UserError("island-token-missing", coordinator=coordinator)
     return (coordinator if "://" in coordinator else f"http://{coordinator}"), token
+
+
+def _refuse_finished(run_dir: Path) -> None:
+    run = Run()
+    for event in EventLog(run_dir / EVENTS_FILE).read_new():
+        run.apply(event)
+    if run.finished is not None and run.finished["summary"].get("complete"):
+        raise UserError("islands-done", coordinator=run_dir, adapter=run.finished["summary"]["adapter"])
 
 
 def keep_token(coordinator: str, run_dir: Path) -> None:

@@ -1,6 +1,7 @@
 """Parts of islands in training: settings that do not go together, leased orders, addresses, files over the service."""
 
 import json
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 
 from qlora_dist.cluster.islands import Child, Group, device_slices, island_config
 from qlora_dist.cluster.launch import launch
-from qlora_dist.cluster.outer import coordinate, listens_at
+from qlora_dist.cluster.outer import coordinate, listens_at, reached_at
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import load_config
 from qlora_dist.coordinate import island_messages as say
@@ -92,6 +93,18 @@ def test_where_the_coordinator_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert outer_address("host:7070", island) == ("http://host:7070", "secret"), "as a worker on another node finds it"
     assert outer_address("https://host:7070", island)[0] == "https://host:7070"
     assert (island / "outer.json").stat().st_mode & 0o077 == 0
+
+
+def test_an_island_that_comes_when_everything_is_trained_is_told_so(tmp_path: Path) -> None:
+    """It would try to reach a coordinator that has ended, for as long as one may be away."""
+    (tmp_path / "coordinator.json").write_text(json.dumps({"url": "http://h:1", "token": "t", "key": "k"}))
+    finished = {"kind": "finished", "time": 1.0, "step": 4, "summary": {"complete": False, "adapter": "there"}}
+    (tmp_path / "events.jsonl").write_text(json.dumps(finished) + "\n")
+    assert outer_address(str(tmp_path), tmp_path) == ("http://h:1", "t"), "it was stopped, and may go on"
+    finished["summary"] = {"complete": True, "adapter": "there"}
+    (tmp_path / "events.jsonl").write_text(json.dumps(finished) + "\n")
+    with pytest.raises(UserError, match="take the adapter in there"):
+        outer_address(str(tmp_path), tmp_path)
 
 
 class Shelf:
@@ -209,6 +222,18 @@ def test_islands_on_a_ray_clusters_nodes_reach_the_coordinator() -> None:
     assert listens_at(load_config(QUICKSTART, ["aggregate.islands=2"])) == "127.0.0.1"
     elsewhere = load_config(QUICKSTART, ["aggregate.islands=2", "launch.backend=ray", "launch.address=10.0.0.1:6379"])
     assert listens_at(elsewhere) == "0.0.0.0"
+
+
+def test_a_name_of_slurms_that_nobody_knows_is_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    monkeypatch.setattr("socket.gethostbyname", lambda name: "10.0.0.7")
+    assert reached_at() == "n1"
+
+    def unknown(name: str) -> str:
+        raise socket.gaierror(f"{name} is not known")
+
+    monkeypatch.setattr("socket.gethostbyname", unknown)
+    assert reached_at() == socket.gethostname()
 
 
 def test_an_islands_own_configuration(tmp_path: Path) -> None:

@@ -76,6 +76,10 @@ AGGREGATION: dict[str, Mendable] = {
         "the token of the coordinator at {coordinator} is not known here",
         "set QLORA_DIST_TOKEN to the token in coordinator.json of the coordinator's run folder",
     ),
+    "islands-done": Mendable(
+        "the islands of {coordinator} have trained everything, and its coordinator has ended",
+        "take the adapter in {adapter}; for more of it give the coordinator a new output_dir",
+    ),
     "islands-under-launcher": Mendable(
         "RANK and WORLD_SIZE are set by a launcher, and aggregate.islands is {islands}, all of which would start here",
         "start `qlora-dist coordinate` once and each island with aggregate.coordinator and aggregate.island",

@@ -274,6 +274,8 @@ def _faster(
         other = timed(without)
     if other.seconds == float("inf"):
         return placed, peak, ""
+    if ours == float("inf"):
+        return without, other.peak, "; with the host memory ran out the second time"
     told = f"; {1e3 * ours:.0f} ms in rehearsal, {1e3 * other.seconds:.0f} without the host"
     return (placed, peak, told) if ours < other.seconds else (without, other.peak, told)
 

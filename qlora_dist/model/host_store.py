@@ -21,9 +21,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 MIN_BYTES = 2**20
 # A small part of something large stays too: it is the large one's to say where it lives.
 LARGEST_PART = 8
-# Pinned memory is taken from the system in such pieces, and never given back: powers of two, since PyTorch rounds up to
-# them, and many tensors' worth, since the end of one that is too short for the next tensor is lost.
+# Pinned memory is taken from the system in pieces of a quarter of what there is, within these, and never given back.
+# They are powers of two, since PyTorch rounds up to them, and large, since the end of one that is too short for the next
+# tensor is lost.
 FIRST_SLAB_BYTES, SLAB_BYTES, ALIGNED = 2**28, 2**30, 4096
+# Of what is taken, what tensors can use.
+PACKED = 0.85
 
 
 @dataclass(eq=False)
@@ -63,8 +66,8 @@ class PinnedMemory:
         if size > self.rest.numel():
             if self.rest.numel():
                 bisect.insort(self.free, Slot(self.rest), key=lambda slot: slot.size)
-            least = min(FIRST_SLAB_BYTES, SLAB_BYTES) if self.taken < SLAB_BYTES else SLAB_BYTES
-            slab = max(least, 1 << (size - 1).bit_length())
+            quarter = 2 ** ((self.taken // 4).bit_length() - 1) if self.taken else 0
+            slab = max(min(max(quarter, FIRST_SLAB_BYTES), SLAB_BYTES), 2 ** (size - 1).bit_length())
             self.rest = torch.empty(slab, dtype=torch.uint8, pin_memory=self.pinned)
             self.taken += slab
         slot, self.rest = Slot(self.rest[:size]), self.rest[size:]

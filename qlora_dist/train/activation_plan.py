@@ -17,7 +17,7 @@ from qlora_dist.coordinate.host_memory import host_memory
 from qlora_dist.coordinate.state import MOST_LEANER
 from qlora_dist.model.block import Block, Plan
 from qlora_dist.model.fused import limit_logits
-from qlora_dist.model.host_store import link_bytes_per_second, settle_all
+from qlora_dist.model.host_store import PACKED, link_bytes_per_second, settle_all
 from qlora_dist.plan.activations import (
     HOST_KINDS,
     KINDS,
@@ -53,8 +53,6 @@ SHRINK, SHRINK_OF_LIMIT, ATTEMPTS = 0.15, 0.01, 5
 AS_FAST = 0.03
 # Of the host's free memory, what its workers pin where `train.host_memory_budget_gib` does not say.
 HOST_SHARE = 0.5
-# Of pinned memory, what tensors can use: the ends of its pieces are lost.
-PACKED = 0.85
 
 
 def set_activations(

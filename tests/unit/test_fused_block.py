@@ -25,7 +25,7 @@ from qlora_dist.model import block as block_module
 from qlora_dist.model import host_store
 from qlora_dist.model.block import KEEP_ALL, RECOMPUTE_ALL, Plan
 from qlora_dist.model.fused import attends_by_documents, fuse, fused_loss_sum, set_plan
-from qlora_dist.model.host_store import HostStore, store_of
+from qlora_dist.model.host_store import PACKED, HostStore, store_of
 
 # bitsandbytes' CPU kernel dequantises wrongly where the inputs are no multiple of the block of 64 values.
 SIZES: dict[str, Any] = dict(
@@ -316,12 +316,12 @@ def test_hardly_more_of_the_hosts_memory_is_taken_than_is_used(
     monkeypatch.setattr(host_store, "SLAB_BYTES", 2**20)
     store = HostStore(torch.device("cpu"))
     stored = []
-    for _ in range(32):
+    for layer in range(1, 81):
         store.begin_layer()
         stored.append([store.put(torch.zeros(size * 2**10, dtype=torch.uint8)) for size in sizes])
-    used = 32 * sum(sizes) * 2**10
-    # The last piece may be all but empty.
-    assert used <= store.memory.taken <= 1.1 * used + 2**20
+        used = layer * sum(sizes) * 2**10
+        # The last piece may be all but empty, which counts where there are few.
+        assert used <= store.memory.taken <= used / PACKED + (0.7 if used < 12 * 2**20 else 0) * 2**20
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ MIN_BYTES = 2**20
 # A small part of something large stays too: it is the large one's to say where it lives.
 LARGEST_PART = 8
 # Pinned memory is taken from the system in pieces of a quarter of what there is, within these, and never given back.
-# They are powers of two, since PyTorch rounds up to them, and large, since the end of one that is too short for the next
-# tensor is lost.
+# They are powers of two, since PyTorch rounds up to them, and large, since the end of one that is too short for the
+# next tensor is lost.
 FIRST_SLAB_BYTES, SLAB_BYTES, ALIGNED = 2**28, 2**30, 4096
 # Of what is taken, what tensors can use.
 PACKED = 0.85

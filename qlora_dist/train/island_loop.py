@@ -315,10 +315,7 @@ class IslandLoop(IslandWaiting):
 
         All ranks call it together.
         """
-        if self.wait_for(None if self.exchange is None else self.exchange.sent, STOP_S) is not None:
-            return True
-        self.notice("the coordinator did not answer, and this island's last contribution is lost; others train it")
-        return False
+        return self.wait_for(None if self.exchange is None else self.exchange.sent, STOP_S) is not None
 
     def take_result(self, wait_for_it: bool = True) -> None:
         """Go on from what the exchange under way brings. All ranks call it together.
@@ -364,7 +361,7 @@ class IslandLoop(IslandWaiting):
         if self.metrics is not None:
             self.metrics.write(self.progress.step, eval_loss=loss)
         version = self.version
-        self.ask(lambda island: island.evaluated(version, loss))
+        self.ask(lambda island: island.evaluated(version, loss), STOP_S)
 
     def timed_loss(self, table: TokenTable) -> float:
         """The held-out loss of the adapter as it is."""
@@ -383,8 +380,10 @@ class IslandLoop(IslandWaiting):
         if self.asked_to_stop:
             # Whoever has asked may not wait until the coordinator answers.
             self.save()
-        if self.exchanging:
-            self.has_sent()
+        if self.exchanging and not self.has_sent():
+            self.notice(
+                "the coordinator did not answer, and what this island has trained last is lost; others train it"
+            )
         if self.all_is_trained:
             if self.exchanging:
                 self.take_result()

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from qlora_dist.config.errors import UserError
+
 # Smaller tensors stay: their copies would take longer than what they free is worth.
 MIN_BYTES = 2**20
 # A small part of something large stays too: it is the large one's to say where it lives.
@@ -56,7 +58,11 @@ class PinnedMemory:
         self.rest = torch.empty(0, dtype=torch.uint8)
 
     def take(self, nbytes: int) -> Slot:
-        """The smallest free slot of at least so many bytes, or a new one."""
+        """The smallest free slot of at least so many bytes, or a new one.
+
+        Raises:
+            UserError: the system gives no more.
+        """
         while self.returned:
             bisect.insort(self.free, self.returned.popleft(), key=lambda slot: slot.size)
         place = bisect.bisect_left(self.free, nbytes, key=lambda slot: slot.size)
@@ -68,10 +74,19 @@ class PinnedMemory:
                 bisect.insort(self.free, Slot(self.rest), key=lambda slot: slot.size)
             quarter = 2 ** ((self.taken // 4).bit_length() - 1) if self.taken else 0
             slab = max(min(max(quarter, FIRST_SLAB_BYTES), SLAB_BYTES), 2 ** (size - 1).bit_length())
-            self.rest = torch.empty(slab, dtype=torch.uint8, pin_memory=self.pinned)
+            self.rest = self._allocate(slab)
             self.taken += slab
         slot, self.rest = Slot(self.rest[:size]), self.rest[size:]
         return slot
+
+    def _allocate(self, nbytes: int) -> Tensor:
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.pinned)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                "host-memory-not-pinned", gib=nbytes / 2**30, taken_gib=self.taken / 2**30, error=reason
+            ) from error
 
     def give(self, slot: Slot) -> None:
         """Let others have it; whoever takes it waits on the device for `slot.used`."""
@@ -86,7 +101,8 @@ class Kept:
     """
 
     def __init__(self, memory: PinnedMemory, source: torch.UntypedStorage, group: int):
-        self.memory, self.slot = memory, memory.take(source.nbytes())
+        self.slot = memory.take(source.nbytes())
+        self.memory = memory
         self.size, self.group, self.device = source.nbytes(), group, source.device
         self.source: torch.UntypedStorage | None = source
         self.back: torch.UntypedStorage | None = None
@@ -94,7 +110,8 @@ class Kept:
         self.arrived: torch.cuda.Event | None = None
 
     def __del__(self) -> None:
-        self.memory.give(self.slot)
+        if hasattr(self, "memory"):
+            self.memory.give(self.slot)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import AdapterConfig, ModelConfig, TrainConfig
 from qlora_dist.model.adapter import attach_adapter, trainable_parameters
 from qlora_dist.model.base import load_base
-from qlora_dist.model.host_store import HostStore, Kept, Stored
+from qlora_dist.model.host_store import HostStore, Kept, PinnedMemory, Stored
 from qlora_dist.optim.optimizers import build_optimizer
 from qlora_dist.shard.activations import offload_activations
 from tests.distributed.group import series
@@ -81,6 +82,12 @@ def test_parameters_their_views_and_small_tensors_stay(tiny_model: Path) -> None
     assert len({first.kept, again.kept, changed.kept}) == 2  # type: ignore[union-attr]
     part = torch.zeros(1000)[:10]
     assert away.pack(part) is part, "the rest of it would go along"
+
+
+def test_memory_that_cannot_be_pinned_is_said_with_the_setting() -> None:
+    """Without a GPU none can be."""
+    with pytest.raises(UserError, match=r"2\.0 GiB of host memory cannot be pinned .* train\.host_memory_budget_gib"):
+        Kept(PinnedMemory(pinned=True), torch.empty(2**31, dtype=torch.uint8).untyped_storage(), 0)
 
 
 def test_a_new_tensor_at_the_address_of_a_dead_one_is_another(tiny_model: Path) -> None:

@@ -13,6 +13,11 @@ TRAINING: dict[str, Mendable] = {
         "lower train.per_device_train_batch_size ({train_batch}), eval.per_device_eval_batch_size ({eval_batch}) or "
         "data.max_length ({max_length}), or set train.gradient_checkpointing=true: the global batch need not change",
     ),
+    "host-memory-not-pinned": Mendable(
+        "{gib:.1f} GiB of host memory cannot be pinned for activations beside the {taken_gib:.1f} GiB there are "
+        "({error})",
+        "set train.host_memory_budget_gib to what the host or the job's memory limit allows; 0 keeps all on the GPU",
+    ),
     "loss-not-finite": Mendable(
         "the loss or its gradient was not finite in {bad_steps} steps in a row, up to step {step} "
         "(train.max_bad_steps), and the last checkpoint is from before them",

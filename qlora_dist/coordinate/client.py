@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from qlora_dist.config.errors import UserError
@@ -62,18 +62,23 @@ class HttpClient:
         token: the service's secret.
         timeout_s: for one try.
         patience_s: for all tries of a call.
+        before_again: called before each further try; raises where there is nobody to reach any more.
 
     Attributes:
         sent, received: bytes of all requests and answers so far, HTTP's own lines included.
     """
 
-    def __init__(self, url: str, token: str, timeout_s: float = 120.0, patience_s: float = 300.0):
+    def __init__(
+        self, url: str, token: str, timeout_s: float = 120.0, patience_s: float = 300.0,
+        before_again: Callable[[], None] | None = None,
+    ):  # fmt: skip
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError("coordinator-address-form", url=url)
         self.url = url
         self._parts = parts
         self._token, self._timeout_s, self._patience_s = token, timeout_s, patience_s
+        self._before_again = before_again
         self.sent = self.received = 0
         self._counting = threading.Lock()
 
@@ -119,6 +124,8 @@ class HttpClient:
                         f"the coordinator at {self.url} gave no answer to {what} for {self._patience_s:.0f} s: "
                         f"{error or type(error).__name__}"
                     ) from error
+            if self._before_again is not None:
+                self._before_again()
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 5.0)
 

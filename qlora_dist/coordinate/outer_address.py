@@ -34,7 +34,7 @@ def outer_address(coordinator: str, run_dir: Path) -> tuple[str, str]:
     while file.parent.is_dir() and not file.is_file() and time.monotonic() < deadline:
         time.sleep(0.2)
     if file.is_file():
-        _refuse_finished(file.parent)
+        refuse_finished(coordinator)
         told = json.loads(file.read_text())
         return told["url"], told["token"]
     if not re.fullmatch(r"(https?://)?[A-Za-z0-9.\-\[\]:]+:\d+(/.*)?", coordinator):
@@ -48,8 +48,13 @@ def outer_address(coordinator: str, run_dir: Path) -> tuple[str, str]:
     return (coordinator if "://" in coordinator else f"http://{coordinator}"), token
 
 
-def _refuse_finished(run_dir: Path) -> None:
-    run = Run()
+def refuse_finished(coordinator: str) -> None:
+    """Raise where `coordinator` is the run folder of one that has ended because everything is trained.
+
+    Raises:
+        UserError: it has.
+    """
+    run_dir, run = Path(coordinator).expanduser(), Run()
     for event in EventLog(run_dir / EVENTS_FILE).read_new():
         run.apply(event)
     if run.finished is not None and run.finished["summary"].get("complete"):

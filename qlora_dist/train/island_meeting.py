@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from qlora_dist.aggregate.changes import frozen_names
 from qlora_dist.config.aggregate_section import AggregateConfig
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.client import HttpClient
-from qlora_dist.coordinate.outer_address import outer_address
+from qlora_dist.coordinate.outer_address import outer_address, refuse_finished
 from qlora_dist.train.context import Worker
 from qlora_dist.train.island import Island
 from qlora_dist.train.island_waiting import Agree, all_wait, aside
@@ -41,10 +42,12 @@ def meet_islands(
         UserError: the coordinator's address or token is not known, or the other islands train something else.
     """
     met: list[Island] = []
+    coordinator = config.aggregate.coordinator or ""
 
     def hello() -> dict[str, Any]:
-        url, token = outer_address(config.aggregate.coordinator or "", worker.run_dir)
-        client = HttpClient(url, token, patience_s=max(PATIENCE_S, config.aggregate.round_deadline_s))
+        url, token = outer_address(coordinator, worker.run_dir)
+        patience_s = max(PATIENCE_S, config.aggregate.round_deadline_s)
+        client = HttpClient(url, token, patience_s=patience_s, before_again=partial(refuse_finished, coordinator))
         met.append(Island(client, config.aggregate.island or "", identity["model.name"], worker.device))
         settings: dict[str, Any] = met[0].hello(identity)["settings"]
         return settings

@@ -16,7 +16,7 @@ from qlora_dist.config.load import load_config
 from qlora_dist.coordinate import island_messages as say
 from qlora_dist.coordinate.client import CoordinatorError, HttpClient
 from qlora_dist.coordinate.island_messages import Decision
-from qlora_dist.coordinate.outer_address import keep_token, outer_address
+from qlora_dist.coordinate.outer_address import keep_token, outer_address, refuse_finished
 from qlora_dist.coordinate.rounds import Rounds, Terms
 from qlora_dist.coordinate.service import CoordinatorService
 from qlora_dist.data.order import GlobalOrder, LeasedOrder, Position
@@ -105,6 +105,10 @@ def test_an_island_that_comes_when_everything_is_trained_is_told_so(tmp_path: Pa
     (tmp_path / "events.jsonl").write_text(json.dumps(finished) + "\n")
     with pytest.raises(UserError, match="take the adapter in there"):
         outer_address(str(tmp_path), tmp_path)
+    # One that was paused meanwhile is told so, too, at its next message.
+    client = HttpClient("http://127.0.0.1:9", "t", before_again=lambda: refuse_finished(str(tmp_path)))
+    with pytest.raises(UserError, match="take the adapter in there"):
+        client.call("lease")
 
 
 class Shelf:

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from io import BufferedIOBase
@@ -89,7 +90,9 @@ class OuterCoordinator(OuterLoop):
         if begun is not None:
             for name, value in begun["identity"].items():
                 if name not in OWN and identity.get(name) != value:
-                    raise UserError("island-differs", setting=name, theirs=value, own=identity.get(name))
+                    raise UserError(
+                        "island-differs", setting=name, theirs=_shown(value), own=_shown(identity.get(name))
+                    )
         return {"settings": self.config.aggregate.model_dump(mode="json")}
 
     def begin(self, island: str, start: str, **what: Any) -> Answer:
@@ -358,3 +361,8 @@ def _packs_before(rounds: Rounds, round: int | None) -> int:
     open_: list[Lease | Contribution] = [*rounds.contributions.values(), *rounds.leases.values()]
     earlier = count(piece for one in open_ if one.round < round for piece in one.pieces)
     return count(rounds.trained) + count(rounds.dropped) + earlier
+
+
+def _shown(value: Any) -> Any:
+    """A setting for people: enough of a fingerprint to tell two apart."""
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value

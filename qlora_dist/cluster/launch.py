@@ -13,7 +13,7 @@ from qlora_dist.config.load import to_yaml
 from qlora_dist.config.redact import redact
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.client import Fenced
-from qlora_dist.coordinate.outer_address import keep_token
+from qlora_dist.coordinate.outer_address import keep_token, own_token
 from qlora_dist.coordinate.rundir import open_run
 
 INTERRUPTED = 130
@@ -62,13 +62,16 @@ def _run(config: RunConfig, run_dir: Path, train_name: str) -> Outcome:
     if backend in ("none", "torchrun") or config.aggregate.here:
         # On Ray the name of the coordinator's actor does this.
         refuse_second_start(run_dir)
+    outer = config.aggregate.coordinator
+    # Before there is a run folder: a wrong address leaves none.
+    token = None if outer is None else own_token(outer, run_dir)
     open_run(run_dir, to_yaml(config))
     if config.aggregate.here:
         from qlora_dist.cluster.islands import run_islands
 
         return run_islands(config, run_dir)
-    if config.aggregate.coordinator is not None:
-        keep_token(config.aggregate.coordinator, run_dir)
+    if token is not None:
+        keep_token(token, run_dir)
     if backend == "torchrun":
         from qlora_dist.cluster.torchrun import run_with_torchrun
 

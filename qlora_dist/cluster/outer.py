@@ -77,7 +77,8 @@ def serve(
         service = CoordinatorService(coordinator, token, host, known if port is None else port, coordinator)
     except OSError as error:
         if port is not None or not known:
-            raise UserError("coordinator-port-taken", host=host, port=port or 0, error=error.strerror) from error
+            where = f"a free port of {host}" if port is None else f"port {port} of {host}"
+            raise UserError("coordinator-port-taken", where=where, error=error.strerror) from error
         # Somebody else's by now; islands that are started anew read the new one from the file.
         service = CoordinatorService(coordinator, token, host, 0, coordinator)
     name = reached_at() if host in ("0.0.0.0", "::", "") else host

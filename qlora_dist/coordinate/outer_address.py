@@ -61,15 +61,17 @@ def refuse_finished(coordinator: str) -> None:
         raise UserError("islands-done", coordinator=run_dir, adapter=run.finished["summary"]["adapter"])
 
 
-def keep_token(coordinator: str, run_dir: Path) -> None:
-    """Leave the token in the island's run folder, in a file that only its owner reads.
+def own_token(coordinator: str, run_dir: Path) -> str | None:
+    """The token that an island's run folder is to keep; None where it is in the coordinator's folder.
 
     Raises:
         UserError: as `outer_address`.
     """
-    if Path(coordinator).expanduser().is_dir():
-        return
-    _, token = outer_address(coordinator, run_dir)
+    return None if Path(coordinator).expanduser().is_dir() else outer_address(coordinator, run_dir)[1]
+
+
+def keep_token(token: str, run_dir: Path) -> None:
+    """Leave the token in the island's run folder, in a file that only its owner reads."""
     writing = run_dir / f".{OUTER_FILE}.{os.getpid()}"
     descriptor = os.open(writing, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:

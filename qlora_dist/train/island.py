@@ -100,7 +100,11 @@ class Island:
     def begin(
         self, adapter: Mapping[str, Tensor], identity: dict[str, Any], num_packs: int, config: bytes, compute: str
     ) -> None:
-        """Offer what all islands start from, and wait until there is something."""
+        """Offer what all islands start from, and wait until there is something.
+
+        Raises:
+            UserError: what has begun is another training than this island's.
+        """
         start = digest(adapter)
         zeros = {name: list(tensor.shape) for name, tensor in adapter.items() if not bool(tensor.any())}
         answer = self.client.call("begin", island=self.name, start=start)
@@ -114,6 +118,8 @@ class Island:
             else:
                 time.sleep(BEGIN_POLL_S)
             answer = self.client.call("begin", island=self.name, start=start, **what)
+        # At the first hello there may have been nothing yet to differ from.
+        self.hello(identity)
 
     def join(self, bits: Bits, adapter: Mapping[str, Tensor], **facts: Any) -> dict[str, Any]:
         """Join as a new session; see `OuterCoordinator.join`.

@@ -1,6 +1,7 @@
 """What happens before an island trains: it meets the coordinator, whose settings decide what trains."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,15 +10,20 @@ from torch import Tensor, nn
 
 from qlora_dist.aggregate.changes import frozen_names
 from qlora_dist.config.aggregate_section import AggregateConfig
+from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import RunConfig
-from qlora_dist.coordinate.client import HttpClient
+from qlora_dist.coordinate.client import HttpClient, Unreachable
+from qlora_dist.coordinate.decisions import Decisions
 from qlora_dist.coordinate.outer_address import outer_address, refuse_finished
+from qlora_dist.coordinate.stop import LOCK_TIMEOUT_S
 from qlora_dist.train.context import Worker
 from qlora_dist.train.island import Island
 from qlora_dist.train.island_waiting import Agree, all_wait, aside
 
 # A coordinator that was killed is back by then.
 PATIENCE_S = 300.0
+# After which a person who waits is told what for.
+TELL_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -30,29 +36,55 @@ class Met:
 
 
 def meet_islands(
-    config: RunConfig, worker: Worker, identity: dict[str, Any], adapter: Mapping[str, nn.Parameter], agree: Agree
-) -> Met:
+    config: RunConfig, worker: Worker, identity: dict[str, Any], adapter: Mapping[str, nn.Parameter], agree: Agree,
+    notice: Callable[[str], None],
+) -> Met:  # fmt: skip
     """Introduce this island to the coordinator, and freeze the factor that its settings freeze. All ranks call it.
+
+    A run that is asked to stop meanwhile goes on with its own settings, to its loop, which ends it.
 
     Args:
         adapter: the adapter's parameters by PEFT's names.
         agree: gives every rank rank 0's value.
+        notice: tells a person that nobody answers yet, and which settings do not count.
 
     Raises:
-        UserError: the coordinator's address or token is not known, or the other islands train something else.
+        UserError: the coordinator's address or token is not known, nobody answers there, or the other islands train
+            something else.
     """
     met: list[Island] = []
     coordinator = config.aggregate.coordinator or ""
+    log = Decisions(worker.run_dir, LOCK_TIMEOUT_S)
+    patience_s, began, told = max(PATIENCE_S, config.aggregate.round_deadline_s), time.monotonic(), False
 
     def hello() -> dict[str, Any]:
         url, token = outer_address(coordinator, worker.run_dir)
-        patience_s = max(PATIENCE_S, config.aggregate.round_deadline_s)
         client = HttpClient(url, token, patience_s=patience_s, before_again=partial(refuse_finished, coordinator))
         met.append(Island(client, config.aggregate.island or "", identity["model.name"], worker.device))
-        settings: dict[str, Any] = met[0].hello(identity)["settings"]
+        try:
+            settings: dict[str, Any] = met[0].hello(identity)["settings"]
+        except Unreachable as error:
+            raise UserError("island-unreachable", reason=str(error)) from error
         return settings
 
-    aggregate = AggregateConfig.model_validate(all_wait(aside(hello) if worker.rank == 0 else None, agree))
+    def given_up() -> bool:
+        nonlocal told
+        if not told and time.monotonic() > began + TELL_S:
+            told = True
+            where = config.aggregate.coordinator
+            notice(f"the coordinator of islands at {where} has not answered yet; trying for {patience_s:.0f} s")
+        log.catch_up()
+        # There is no island to go on with before its address is known.
+        return bool(met) and log.run.stop is not None
+
+    settings = all_wait(aside(hello) if worker.rank == 0 else None, agree, given_up)
+    aggregate = config.aggregate if settings is None else AggregateConfig.model_validate(settings)
+    if worker.rank == 0:
+        default = AggregateConfig()
+        for name in sorted(AggregateConfig.model_fields.keys() - {"coordinator", "island"}):
+            own, theirs = getattr(config.aggregate, name), getattr(aggregate, name)
+            if own not in (theirs, getattr(default, name)):
+                notice(f"aggregate.{name} is {theirs}, as the coordinator has it, not {own}")
     return Met(met[0] if met else None, aggregate, freeze_factor(adapter, aggregate.freeze))
 
 

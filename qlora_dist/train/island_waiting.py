@@ -34,16 +34,22 @@ def aside(act: Callable[[], T]) -> "Future[T]":
     return future
 
 
-def all_wait(future: "Future[T] | None", agree: Agree) -> T:
-    """What rank 0's future brings, on every rank; None on all others."""
+def all_wait(future: "Future[T] | None", agree: Agree, given_up: Callable[[], bool] = lambda: False) -> T | None:
+    """What rank 0's future brings, on every rank.
+
+    Args:
+        future: None on all other ranks.
+        given_up: asked on rank 0 about every second; whether it is not waited for any longer, and None is the answer.
+    """
     while True:
         told = None
         if future is not None:
             wait([future], MEET_S)
-            told = future.done(), future.result() if future.done() else None
-        done, value = agree(told)
-        if done:
-            result: T = value
+            done = future.done()
+            told = done or given_up(), future.result() if done else None
+        over, value = agree(told)
+        if over:
+            result: T | None = value
             return result
 
 

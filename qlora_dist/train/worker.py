@@ -148,7 +148,8 @@ def run_stages(config: RunConfig, worker: Worker, generation: int, heartbeat: He
     identity = agree(worker, run_identity(config, folder, train_table, adapter_settings) if lead else None)
     islands = None
     if config.aggregate.coordinator is not None:
-        islands = meet_islands(config, worker, identity, trainable_parameters(adapted), partial(agree, worker))
+        trained = trainable_parameters(adapted)
+        islands = meet_islands(config, worker, identity, trained, partial(agree, worker), partial(note, "notice"))
     describe_model(note, adapted, config, dtype, folder)
     if config.activations == "offload":
         if worker.device.type == "cpu":

@@ -16,6 +16,7 @@ from qlora_dist.aggregate.exchange import Header, encode
 from qlora_dist.aggregate.round_files import digest
 from qlora_dist.aggregate.round_report import RoundReport
 from qlora_dist.config.aggregate_section import AggregateConfig
+from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import load_config, to_yaml
 from qlora_dist.coordinate.report import outcome
 from qlora_dist.coordinate.rundir import open_run
@@ -53,13 +54,14 @@ def send(to: OuterCoordinator, name: str, tensors: Tensors, header: Header) -> s
     return name
 
 
-def begun(run_dir: Path, *overrides: str) -> OuterCoordinator:
+def begun(run_dir: Path, *overrides: str, identity: dict[str, Any] | None = None) -> OuterCoordinator:
     """Two islands have begun and joined, each with a lease."""
     one = coordinator(run_dir, *overrides)
     start = digest(ADAPTER)
     assert one.handle("begin", island="a", start=start)["send"]
     file = send(one, "start", {A: ADAPTER[A]}, Header("adapter", "a", 0, 0, 0, BASE))
-    what = {"file": file, "zeros": {B: [4, 2]}, "identity": {}, "num_packs": 8, "adapter_config": "{}", "compute": ""}
+    what = {"file": file, "zeros": {B: [4, 2]}, "identity": identity or {}, "num_packs": 8}
+    what |= {"adapter_config": "{}", "compute": ""}
     assert one.handle("begin", island="a", start=start, **what)["begun"]
     for name in "ab":
         one.handle("join", island=name, session=name, facts={})
@@ -76,6 +78,24 @@ def contribute(to: OuterCoordinator, island: str, told: Any = TOLD) -> dict[str,
     return to.handle(
         "contribute", island=island, session=island, lease=lease, trained=trained, tokens=5, file=file, told=told
     )
+
+
+@pytest.mark.parametrize("name", ["model.name", "data.train", "train.global_batch_size"])
+def test_an_island_that_said_hello_before_anything_had_begun_is_compared_with_what_has(
+    name: str, tmp_path: Path
+) -> None:
+    """Else it would train packs of another order, or have each of them refused until all are dropped."""
+    one = begun(tmp_path, identity={name: 1})
+    client: Any = SimpleNamespace(call=one.handle)
+    island = Island(client, "c", BASE, torch.device("cpu"))
+    arguments: Any = {"num_packs": 8, "config": b"{}", "compute": ""}
+    island.begin(ADAPTER, {name: 1}, **arguments)
+    if name == "train.global_batch_size":
+        island.begin(ADAPTER, {name: 2}, **arguments)
+        return
+    with pytest.raises(UserError, match=f"another {name} than"):
+        island.begin(ADAPTER, {name: 2}, **arguments)
+    assert "c" not in one.decisions.run.rounds.islands
 
 
 @pytest.mark.parametrize("name", ["../events.jsonl", "/etc/hostname", "", ".hidden", "a/b", 7])

@@ -16,7 +16,7 @@ from qlora_dist.config.load import load_config
 from qlora_dist.coordinate import island_messages as say
 from qlora_dist.coordinate.client import CoordinatorError, HttpClient
 from qlora_dist.coordinate.island_messages import Decision
-from qlora_dist.coordinate.outer_address import keep_token, outer_address, refuse_finished
+from qlora_dist.coordinate.outer_address import keep_token, outer_address, own_token, refuse_finished
 from qlora_dist.coordinate.rounds import Rounds, Terms
 from qlora_dist.coordinate.service import CoordinatorService
 from qlora_dist.data.order import GlobalOrder, LeasedOrder, Position
@@ -88,7 +88,10 @@ def test_where_the_coordinator_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match=r"no HOST:PORT"):
         outer_address("nowhere", island)
     monkeypatch.setenv("QLORA_DIST_TOKEN", "secret")
-    keep_token("host:7070", island)
+    token = own_token("host:7070", island)
+    assert token == "secret"
+    assert own_token(str(outer), island) is None, "it is in the coordinator's folder"
+    keep_token(token, island)
     monkeypatch.delenv("QLORA_DIST_TOKEN")
     assert outer_address("host:7070", island) == ("http://host:7070", "secret"), "as a worker on another node finds it"
     assert outer_address("https://host:7070", island)[0] == "https://host:7070"

@@ -76,6 +76,10 @@ AGGREGATION: dict[str, Mendable] = {
         "the token of the coordinator at {coordinator} is not known here",
         "set QLORA_DIST_TOKEN to the token in coordinator.json of the coordinator's run folder",
     ),
+    "island-unreachable": Mendable(
+        "aggregate.coordinator leads nowhere: {reason}",
+        "give the address that `qlora-dist coordinate` shows while it runs (with --host 0.0.0.0 for other machines)",
+    ),
     "islands-done": Mendable(
         "the islands of {coordinator} have trained everything, and its coordinator has ended",
         "take the adapter in {adapter}; for more of it give the coordinator a new output_dir",
@@ -85,7 +89,7 @@ AGGREGATION: dict[str, Mendable] = {
         "start `qlora-dist coordinate` once and each island with aggregate.coordinator and aggregate.island",
     ),
     "coordinator-port-taken": Mendable(
-        "port {port} of {host} cannot be bound ({error})", "name another with --port, or leave it out"
+        "{where} cannot be bound ({error})", "name an address of this host with --host, or another --port"
     ),
     "coordinate-without-islands": Mendable(
         "aggregate.islands is 1, and there is nothing to coordinate", "set aggregate.islands to 2 or more"

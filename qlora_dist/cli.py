@@ -183,13 +183,20 @@ def stop(
     from qlora_dist.coordinate.stop import ask_to_stop, until_over
 
     before = ask_to_stop(run, reason)
-    print(f"asked run {before['run_id']} to stop; it makes a checkpoint at the next step boundary first", flush=True)
+    rounds = before.get("rounds") is not None
+    first = (
+        "its islands contribute what they have trained" if rounds else "it makes a checkpoint at the next step boundary"
+    )
+    print(f"asked run {before['run_id']} to stop; {first} first", flush=True)
     if not wait:
         return
     with interruptible():
         *_, state = until_over(run)
     last = state["last_checkpoint"]
-    print(f"{state['sentence']}; last checkpoint: {last['folder'] if last else 'none'}")
+    kept = f"last checkpoint: {last['folder'] if last else 'none'}"
+    if state.get("rounds") is not None:
+        kept = f"{state['rounds']['round']} rounds committed"
+    print(f"{state['sentence']}; {kept}")
     if state["state"] not in ("stopped", "finished"):
         raise typer.Exit(1)
 

@@ -74,6 +74,10 @@ def read_parent(folder: Path) -> Parent:
     """
     from safetensors import safe_open
 
+    if not folder.is_dir():
+        raise UserError("aggregate-folder-missing", folder=folder)
+    if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
+        raise UserError("aggregate-run-folder", folder=folder, adapter=folder / "adapter")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise UserError("aggregate-no-adapter", folder=folder, name=name)

@@ -26,8 +26,8 @@ class AggregateConfig(Section):
         "diloco",
         description="`mean` of the changes; `diloco`: Nesterov momentum on it; `svd`: the exact mean of the products.",
     )
-    outer_learning_rate: Annotated[float, Field(ge=0)] = Field(0.7, description="diloco.")
-    outer_momentum: Annotated[float, Field(ge=0)] = Field(
+    outer_learning_rate: Annotated[float, Field(gt=0)] = Field(0.7, description="diloco.")
+    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.5, description="diloco. What a round adds goes on for 1 / (1 - this) rounds: 0.9 is for runs of many."
     )
     freeze: Literal["none", "A"] = Field("none", description="`A`: train and exchange the B matrices only.")

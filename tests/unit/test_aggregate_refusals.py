@@ -139,7 +139,9 @@ def test_damaged_folders_are_named(
     refused(
         tmp_path, capsys, monkeypatch, "b is no PEFT adapter folder: it has no adapter_model.safetensors", good, bad
     )
-    refused(tmp_path, capsys, monkeypatch, "nowhere is no PEFT adapter folder", tmp_path / "nowhere")
+    refused(tmp_path, capsys, monkeypatch, "nowhere: there is no such folder", tmp_path / "nowhere")
+    run = make_adapter(tmp_path / "run" / "adapter").parent
+    refused(tmp_path, capsys, monkeypatch, r"run is a run folder; give its adapter, .*run/adapter", run)
 
 
 def test_ranks_that_differ_are_refused_on_factors_alone(

@@ -15,6 +15,7 @@ from qlora_dist.aggregate.coordinator import OuterCoordinator
 from qlora_dist.aggregate.exchange import Header, encode
 from qlora_dist.aggregate.round_files import digest
 from qlora_dist.aggregate.round_report import RoundReport
+from qlora_dist.cli import stop
 from qlora_dist.config.aggregate_section import AggregateConfig
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import load_config, to_yaml
@@ -373,3 +374,14 @@ def test_an_island_holds_still_only_where_this_attempt_has_a_checkpoint(
     loop.strategy, loop.writer = SimpleNamespace(full_state=lambda: None), None
     loop.save_and_hold()
     assert held == [step] * holds
+
+
+def test_a_run_of_islands_is_asked_to_stop_in_words_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It makes no checkpoint of its own, of which `stop` would say that there is none."""
+    begun(tmp_path)
+    stop(tmp_path, reason="enough", wait=False)
+    told = capsys.readouterr().out
+    assert "its islands contribute what they have trained first" in told
+    assert "checkpoint" not in told

@@ -37,6 +37,8 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
         (["aggregate.noise=1.0"], "noise-without-clip-norm"),
         (["aggregate.noise=1.0", "aggregate.clip_norm=1.0", "aggregate.robust=trimmed"], "noise-with-robust"),
         (["aggregate.overlap=true", "aggregate.sync_every=1"], "overlap-every-step"),
+        (["aggregate.outer_learning_rate=0"], "setting-value"),
+        (["aggregate.outer_momentum=1"], "setting-value"),
         (["aggregate.islands=2", "eval.load_best_model_at_end=true"], "islands-with-best"),
         (["aggregate.islands=0"], "setting-value"),
     ],

@@ -14,6 +14,8 @@ AGGREGATION: dict[str, Mendable] = {
     ),
     "aggregate-output-exists": Mendable("-o {folder} exists already", "name another folder, or delete it first"),
     "aggregate-output-not-writable": Mendable("-o {folder} cannot be written ({reason})", "name another folder"),
+    "aggregate-folder-missing": Mendable("{folder}: there is no such folder", "give PEFT adapter folders"),
+    "aggregate-run-folder": Mendable("{folder} is a run folder", "give its adapter, {adapter}"),
     "aggregate-no-adapter": Mendable(
         "{folder} is no PEFT adapter folder: it has no {name}", "give one that has it (safetensors weights)"
     ),

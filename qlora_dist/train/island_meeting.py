@@ -72,7 +72,7 @@ def meet_islands(
         if not told and time.monotonic() > began + TELL_S:
             told = True
             where = config.aggregate.coordinator
-            notice(f"the coordinator of islands at {where} has not answered yet; trying for {patience_s:.0f} s")
+            notice(f"the coordinator of islands at {where} has not answered yet; this island goes on trying")
         log.catch_up()
         # There is no island to go on with before its address is known.
         return bool(met) and log.run.stop is not None

@@ -290,8 +290,9 @@ def show_status(state: dict[str, Any], console: Console) -> None:
 def show_rounds(rounds: dict[str, Any], console: Console) -> None:
     """Print where a run of islands stands."""
     last, packs = rounds["last"], rounds["packs"]
+    committed = f"{rounds['round']} round{'s' * (rounds['round'] != 1)} committed"
     console.print(
-        f"{rounds['round']} rounds committed, {rounds['packs_trained']} of {packs} packs trained, "
+        f"{committed}, {rounds['packs_trained']} of {packs} packs trained, "
         f"{rounds['packs_dropped']} dropped", highlight=False,
     )  # fmt: skip
     if last is not None:

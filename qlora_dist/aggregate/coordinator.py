@@ -15,7 +15,7 @@ import torch
 
 from qlora_dist.aggregate.exchange import Message, as_contribution, decode
 from qlora_dist.aggregate.outer import OuterState
-from qlora_dist.aggregate.outer_loop import OuterLoop
+from qlora_dist.aggregate.outer_loop import OuterLoop, packs_in_all
 from qlora_dist.aggregate.round_files import (
     CHANGE,
     ROUNDS,
@@ -140,9 +140,8 @@ class OuterCoordinator(OuterLoop):
         notes = {"base": base, "compute": compute}
         config_json = json.dumps(json.loads(adapter_config), indent=2).encode()
         version = write_version(self.run_dir, None, adapter, OuterState(), (), 32, base, config_json, notes)
-        config, batch = self.config, self.config.aggregate.islands * self.config.global_batch_size
-        steps = config.train.max_steps
-        packs = steps * batch if steps else math.ceil((config.train.num_train_epochs or 1.0) * num_packs)
+        batch = self.config.aggregate.islands * self.config.global_batch_size
+        packs = packs_in_all(self.config, num_packs)
         with self.decisions.memory:
             self.version = version
             begun = self.decisions.decide(

@@ -101,7 +101,11 @@ def aggregate(
         raise UserError("aggregate-output-not-writable", folder=output, reason=error.strerror) from error
     if not os.access(output.absolute().parent, os.W_OK):
         raise UserError("aggregate-output-not-writable", folder=output, reason="permission denied")
-    if not publish_folder(output.absolute(), write):
+    try:
+        published = publish_folder(output.absolute(), write)
+    except OSError as error:
+        raise UserError("aggregate-output-not-writable", folder=output, reason=error.strerror) from error
+    if not published:
         raise UserError("aggregate-output-exists", folder=output)
     return summary
 

@@ -8,6 +8,7 @@ again and gives the same adapter, bit for bit.
 import hashlib
 import json
 import logging
+import math
 import shutil
 import threading
 import time
@@ -296,6 +297,14 @@ class OuterLoop:
             report.write(self.run_dir, self.status())
         except OSError as error:
             logger.warning("the status cannot be written: %s", error)
+
+
+def packs_in_all(config: RunConfig, num_packs: int) -> int:
+    """What a run of islands trains, with so many packs an epoch."""
+    steps = config.train.max_steps
+    if steps:
+        return steps * config.aggregate.islands * config.global_batch_size
+    return math.ceil((config.train.num_train_epochs or 1.0) * num_packs)
 
 
 def anybody(rounds: Rounds) -> bool:

@@ -17,17 +17,18 @@ from typing import IO, Any
 import torch
 
 from qlora_dist.cluster.outcome import Outcome
-from qlora_dist.cluster.outer import LOCK_TIMEOUT_S, read_end, start_job
+from qlora_dist.cluster.outer import LOCK_TIMEOUT_S, look_back, read_end, start_job
 from qlora_dist.cluster.output import logs_folder, next_attempt
 from qlora_dist.cluster.stop_signals import StopSignals, stop_on_signals, tell
 from qlora_dist.config.errors import UserError
+from qlora_dist.config.load import to_yaml
 from qlora_dist.config.schema import RunConfig
 from qlora_dist.coordinate.client import CoordinatorError, HttpClient, Unreachable
 from qlora_dist.coordinate.decisions import Decisions
 from qlora_dist.coordinate.outer_address import ADDRESS_FILE, outer_address
 from qlora_dist.coordinate.replay import normalise
 from qlora_dist.coordinate.report import read_status
-from qlora_dist.coordinate.rundir import RUN_FILE
+from qlora_dist.coordinate.rundir import RUN_FILE, open_run
 from qlora_dist.coordinate.stop import ask_at_once
 
 ROLE_VARIABLE = "QLORA_DIST_ROLE"
@@ -63,12 +64,18 @@ class Child:
 
 
 def run_islands(config: RunConfig, run_dir: Path) -> Outcome:
-    """Run the coordinator and the islands of an opened run folder until the run has ended.
+    """Run the coordinator and the islands, in a run folder that is made where there is none, until the run has ended.
 
     Returns:
         Exit code 0 where everything is trained or reported as dropped.
+
+    Raises:
+        UserError: everything that the run began with is, and by these settings there is more to train, or less.
     """
     run_dir = run_dir.resolve()
+    if (ended := look_back(config, run_dir)) is not None:
+        return ended
+    open_run(run_dir, to_yaml(config))
     start_job(run_dir, "islands")
     group = Group(config, run_dir)
     try:

@@ -62,14 +62,14 @@ def _run(config: RunConfig, run_dir: Path, train_name: str) -> Outcome:
     if backend in ("none", "torchrun") or config.aggregate.here:
         # On Ray the name of the coordinator's actor does this.
         refuse_second_start(run_dir)
-    outer = config.aggregate.coordinator
-    # Before there is a run folder: a wrong address leaves none.
-    token = None if outer is None else own_token(outer, run_dir)
-    open_run(run_dir, to_yaml(config))
     if config.aggregate.here:
         from qlora_dist.cluster.islands import run_islands
 
         return run_islands(config, run_dir)
+    outer = config.aggregate.coordinator
+    # Before there is a run folder: a wrong address leaves none.
+    token = None if outer is None else own_token(outer, run_dir)
+    open_run(run_dir, to_yaml(config))
     if token is not None:
         keep_token(token, run_dir)
     if backend == "torchrun":

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from qlora_dist.aggregate.coordinator import OuterCoordinator
+from qlora_dist.aggregate.outer_loop import packs_in_all
 from qlora_dist.aggregate.round_report import RoundReport
 from qlora_dist.cluster.address_file import ADDRESS_FILE, write_address
 from qlora_dist.cluster.outcome import Outcome
@@ -21,7 +22,7 @@ from qlora_dist.coordinate import report
 from qlora_dist.coordinate.decisions import Decisions
 from qlora_dist.coordinate.host import this_host
 from qlora_dist.coordinate.outer_address import TOKEN_VARIABLE
-from qlora_dist.coordinate.rundir import open_run
+from qlora_dist.coordinate.rundir import ADAPTER, RUN_FILE, open_run
 from qlora_dist.coordinate.service import CoordinatorService
 from qlora_dist.track.attempt import open_metrics
 
@@ -45,6 +46,8 @@ def coordinate(config: RunConfig, run_dir: Path, host: str, port: int | None, al
     run_dir = run_dir.resolve()
     if alone:
         refuse_second_start(run_dir)
+        if (ended := look_back(config, run_dir)) is not None:
+            return ended
         open_run(run_dir, to_yaml(config))
         start_job(run_dir, "coordinate")
     metrics = open_metrics(config, run_dir, 0, max(1, rounds_done(run_dir)), tell)
@@ -100,6 +103,30 @@ def start_job(run_dir: Path, launcher: str) -> None:
     with decisions.deciding():
         facts = {"launcher": launcher, "host": this_host(), "pid": os.getpid()}
         decisions.decide("job", started_generation=0, session=None, **facts)
+
+
+def look_back(config: RunConfig, run_dir: Path) -> Outcome | None:
+    """How the run has ended, where everything that it began with is trained; else None.
+
+    Raises:
+        UserError: it has, and by these settings there is more to train, or less.
+    """
+    if not (run_dir / RUN_FILE).exists():
+        return None
+    decisions = Decisions(run_dir, LOCK_TIMEOUT_S)
+    decisions.catch_up()
+    run = decisions.run
+    if run.begun is None:
+        return None
+    began, wanted = run.begun["packs"], packs_in_all(config, run.begun["num_packs"])
+    over = run.finished is not None and run.finished["summary"].get("complete")
+    if over and began != wanted:
+        raise UserError("islands-other-packs", folder=run_dir, began=began, wanted=wanted)
+    if not over and began != wanted:
+        tell(f"these settings make {wanted:,} packs in all; the run goes on with the {began:,} that it began with")
+    if over:
+        tell(f"everything is trained already; the adapter is in {run_dir / ADAPTER}")
+    return read_end(run_dir) if over else None
 
 
 def rounds_done(run_dir: Path) -> int:

@@ -133,7 +133,10 @@ class View:
         if len(losses) > 1:
             change = 100 * (losses[-1] / losses[0] - 1)
             fell = f"; held-out loss {losses[0]:.4f} -> {losses[-1]:.4f} ({change:+.0f} %)"
-        self.line("done", f"{step} {'rounds' if 'rounds' in summary else 'steps'}{early}{skipped}{fell}")
+        counted = ("round" if "rounds" in summary else "step") + "s" * (step != 1)
+        lost = summary.get("packs_dropped")
+        dropped = f", {lost:,} of {lost + summary['packs_trained']:,} packs dropped" if lost else ""
+        self.line("done", f"{step} {counted}{early}{skipped}{dropped}{fell}", style="yellow" if lost else "")
         self.line("adapter", summary["adapter"])
         for sample in summary["samples"]:
             self.console.print()

@@ -12,6 +12,9 @@ import psutil
 import pytest
 import yaml
 
+from qlora_dist.cluster.islands import run_islands
+from qlora_dist.config.errors import UserError
+from qlora_dist.config.load import load_config
 from qlora_dist.coordinate.log import EventLog
 from qlora_dist.coordinate.report import read_status
 from qlora_dist.track.report import render
@@ -89,6 +92,15 @@ def test_one_command_trains_everything(started: Started) -> None:
     report = render(started.run_dir)
     assert all(words in report for words in ("Round over time", ">Islands<", "2 rounds")), report
     assert "at step" not in report
+
+    # The same command once more has nothing to do, and other settings would change what is trained no more.
+    events = len(started.all_events())
+    config = load_config(started.folder / "config.yaml")
+    assert run_islands(config, started.run_dir).exit_code == 0
+    more = load_config(started.folder / "config.yaml", ["train.max_steps=6"])
+    with pytest.raises(UserError, match=r"began with 16 packs in all.*make 24 now"):
+        run_islands(more, started.run_dir)
+    assert len(started.all_events()) == events
     assert "island  1 has left" in shown
 
 

@@ -86,6 +86,11 @@ AGGREGATION: dict[str, Mendable] = {
         "the islands of {coordinator} have trained everything, and its coordinator has ended",
         "take the adapter in {adapter}; for more of it give the coordinator a new output_dir",
     ),
+    "islands-other-packs": Mendable(
+        "{folder} began with {began} packs in all, and they are trained; train.max_steps or num_train_epochs, "
+        "global_batch_size and aggregate.islands make {wanted} now",
+        "name another output_dir, or the settings it began with",
+    ),
     "islands-under-launcher": Mendable(
         "RANK and WORLD_SIZE are set by a launcher, and aggregate.islands is {islands}, all of which would start here",
         "start `qlora-dist coordinate` once and each island with aggregate.coordinator and aggregate.island",

@@ -113,18 +113,6 @@ def points(seeds: Sequence[int], outer: Sequence[str] = ()) -> list[Point]:
     return made
 
 
-def sweep() -> list[Point]:
-    """Learning rates of DDP and outer settings of DiLoCo, seed 0: what the settings were chosen by."""
-    made = []
-    for islands, (steps, sync) in TIMES.items():
-        for inner in ("5e-4", "1e-3", "2e-3"):
-            made.append(Point("ddp", islands, steps, sync, 0, overrides=(f"train.learning_rate={inner}",)))
-        for rate, momentum in ((0.7, 0.9), (0.7, 0.5), (1.0, 0.5), (1.0, 0.7)):
-            outer = (f"aggregate.outer_learning_rate={rate}", f"aggregate.outer_momentum={momentum}")
-            made.append(Point("diloco", islands, steps, sync, 0, overrides=outer))
-    return made
-
-
 def prepare(folder: Path, rows: Path) -> None:
     """Put the rows and the two halves of the model's file into `folder`."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
@@ -264,7 +252,6 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="the folder that --prepare made, or one with the two .jsonl files")
     parser.add_argument("--model", default=MODEL, help="as model.name takes it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--sweep", action="store_true", help="learning rates and outer settings instead")
     parser.add_argument("--outer", nargs="*", default=[], help="overrides of the diloco runs")
     parser.add_argument("--set", nargs="*", default=[], dest="extra", help="overrides of all runs")
     parser.add_argument("--batch", type=int, default=2, help="packs a step and island")
@@ -289,7 +276,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for islands, times in (arguments.times or {}).items():
         TIMES[int(islands)] = tuple(times)
-    todo = sweep() if arguments.sweep else points(arguments.seeds, arguments.outer)
+    todo = points(arguments.seeds, arguments.outer)
     todo = [point for point in todo if not arguments.only or any(word in point.name for word in arguments.only)]
     data = arguments.data / "data" if (arguments.data / "data").is_dir() else arguments.data
     found = document.begin(

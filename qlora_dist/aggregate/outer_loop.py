@@ -219,7 +219,7 @@ class OuterLoop:
         """What was sent, or why it cannot be read again."""
         if contribution.lease in self.messages:
             return self.messages[contribution.lease]
-        who = f"island {contribution.island}, round {contribution.round}:"
+        who = f"island {contribution.island}, round {contribution.round + 1}:"
         try:
             data = (self.run_dir / CONTRIBUTIONS / contribution.facts["file"]).read_bytes()
         except FileNotFoundError:

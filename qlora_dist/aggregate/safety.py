@@ -29,7 +29,7 @@ def refuse(
         most_times_median: how many times the median of `norms` its norm may be; the median holds while fewer than half
             of them are false.
     """
-    who = f"island {contribution.island}, round {contribution.round}:"
+    who = f"island {contribution.island}, round {contribution.round + 1}:"
     if contribution.base != base:
         return f"{who} its base model is another one (fingerprint {contribution.base[:12]}, not {base[:12]})"
     if contribution.tokens < 1:

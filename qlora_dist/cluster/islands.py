@@ -137,7 +137,7 @@ class Group:
             failed = [] if finished else [child for child in self.islands if child.code not in (0, *STOPPED)]
             if len(failed) == len(self.islands):
                 reason = failed[0].failures[-1][0] if failed[0].failures else "it ended"
-                logs, rounds = self.folder, self.decisions.run.rounds.round
+                logs, rounds = self.folder, self.decisions.run.rounds.round + 1
                 return Outcome(1, UserError("islands-all-gone", reason=reason, logs=logs, round=rounds).message)
         if self.coordinator.process is None and self.coordinator.code is not None:
             if self.coordinator.code == 0:

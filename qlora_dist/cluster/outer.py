@@ -119,14 +119,14 @@ def look_back(config: RunConfig, run_dir: Path) -> Outcome | None:
     if run.begun is None:
         return None
     began, wanted = run.begun["packs"], packs_in_all(config, run.begun["num_packs"])
-    over = run.finished is not None and run.finished["summary"].get("complete")
-    if over and began != wanted:
+    if run.finished is None or not run.finished["summary"].get("complete"):
+        if began != wanted:
+            tell(f"these settings make {wanted:,} packs in all; the run goes on with the {began:,} that it began with")
+        return None
+    if began != wanted:
         raise UserError("islands-other-packs", folder=run_dir, began=began, wanted=wanted)
-    if not over and began != wanted:
-        tell(f"these settings make {wanted:,} packs in all; the run goes on with the {began:,} that it began with")
-    if over:
-        tell(f"everything is trained already; the adapter is in {run_dir / ADAPTER}")
-    return read_end(run_dir) if over else None
+    tell(f"everything is trained already; the adapter is in {run_dir / ADAPTER}")
+    return read_end(run_dir)
 
 
 def rounds_done(run_dir: Path) -> int:

@@ -3,6 +3,7 @@
 A transport is anything with `call(method, **arguments) -> dict`; the functions below are written on top of it.
 """
 
+import contextlib
 import http.client
 import json
 import secrets
@@ -125,7 +126,9 @@ class HttpClient:
                         f"{error or type(error).__name__}"
                     ) from error
             if self._before_again is not None:
-                self._before_again()
+                # Storage may be away for a moment, too.
+                with contextlib.suppress(OSError):
+                    self._before_again()
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 5.0)
 

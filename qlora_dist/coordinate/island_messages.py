@@ -81,7 +81,7 @@ def lease(
         return Decision([], _granted(rounds, None, wait=wait))
     ahead = int(rounds.round in mine)
     if ahead and (not terms.overlap or rounds.round + 1 in mine):
-        return Decision([], _granted(rounds, None, wait=f"round {rounds.round} is still open"))
+        return Decision([], _granted(rounds, None, wait=f"round {rounds.round + 1} is still open"))
     ended = _end(rounds, terms, [held] if held is not None else [])
     returned = [Piece(*piece) for piece in ended["returned"]]
     pieces = first(rounds.free(terms.packs, returned), packs)

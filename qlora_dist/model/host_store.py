@@ -70,11 +70,12 @@ class PinnedMemory:
             return self.free.pop(place)
         size = -(-nbytes // ALIGNED) * ALIGNED
         if size > self.rest.numel():
-            if self.rest.numel():
-                bisect.insort(self.free, Slot(self.rest), key=lambda slot: slot.size)
             quarter = 2 ** ((self.taken // 4).bit_length() - 1) if self.taken else 0
             slab = max(min(max(quarter, FIRST_SLAB_BYTES), SLAB_BYTES), 2 ** (size - 1).bit_length())
-            self.rest = self._allocate(slab)
+            piece = self._allocate(slab)
+            if self.rest.numel():
+                bisect.insort(self.free, Slot(self.rest), key=lambda slot: slot.size)
+            self.rest = piece
             self.taken += slab
         slot, self.rest = Slot(self.rest[:size]), self.rest[size:]
         return slot

@@ -137,6 +137,8 @@ def _set_on_gpu(config: RunConfig, model: nn.Module, blocks: Sequence[Block], re
     timed = ""
     if link is not None and placed.copied and leanest.fits:
         placed, peak, timed = _faster(placed, peak, on_device(costs, room, kinds), blocks, rehearsal)
+        if peak == float("inf"):
+            return _use(blocks, leanest.of(blocks))
     line = _use(blocks, placed.choices)
     if idle:
         line += f" ({len(idle)} before the first adapter need nothing)"
@@ -238,7 +240,8 @@ def _rehearsed(
             return fitting
         _use(blocks, placed.choices)
         peak = rehearsal.once_or_more(blocks, leaner=placed.copied > 0).peak
-        left = least(limit - peak, rehearsal.device)
+        # What a plan with copies takes differs from step to step, so that half the margin is left at least.
+        left = least(((allowed + limit) / 2 if placed.copied else limit) - peak, rehearsal.device)
         if left < 0:
             if fitting is not None:
                 return fitting
@@ -270,7 +273,7 @@ def _faster(
     other = timed(without)
     if ours < other.seconds < (1 + AS_FAST) * ours:
         other = timed(without)
-    if other.seconds == float("inf"):
+    if other.seconds == float("inf") and ours < float("inf"):
         return placed, peak, ""
     if ours == float("inf"):
         return without, other.peak, "; with the host memory ran out the second time"

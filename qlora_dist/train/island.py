@@ -15,9 +15,9 @@ from qlora_dist.aggregate.changes import Tensors, apply_change
 from qlora_dist.aggregate.exchange import Bits, Encoder, Header, decode, encode
 from qlora_dist.aggregate.round_files import digest
 from qlora_dist.config.errors import UserError
-from qlora_dist.coordinate.client import HttpClient
+from qlora_dist.coordinate.client import HttpClient, Unreachable
 
-# An answer is held back so long at most, so that ranks which wait for this one see that it lives.
+# An answer is held back so long at most, so that a question which nobody waits for any more soon ends.
 WAIT_S = 5.0
 BEGIN_POLL_S = 0.5
 
@@ -77,6 +77,7 @@ class Island:
         version: of the adapter that the island goes on from, `shared`.
         encoder: keeps what rounding left out of its messages.
         session_steps: optimizer steps of this session.
+        joined: the coordinator may know of this session.
         leaving: the island has given up on what it still asks for in another thread.
     """
 
@@ -255,14 +256,25 @@ class Island:
         sent, received = self.client.sent, self.client.received
         return {"session_bytes_sent": sent, "session_bytes_received": received, "session_steps": steps}
 
-    def evaluated(self, version: int, eval_loss: float) -> None:
-        """Report the held-out loss of a version."""
-        self.client.call("evaluated", version=version, eval_loss=eval_loss)
+    def evaluated(self, version: int, eval_loss: float) -> bool:
+        """Report the held-out loss of a version; False where there is no coordinator any more."""
+        return self._told("evaluated", version=version, eval_loss=eval_loss)
 
     def leave(self, reason: str) -> bool:
-        """Say that the island ends; True when that is done."""
+        """Say that the island ends; False where there is no coordinator any more to hear it."""
         self.leaving = True
-        if self.joined:
-            told = self._all_told(self.session_steps)
-            self.client.call("leave", island=self.name, session=self.session, reason=reason, told=told)
+        if not self.joined:
+            return True
+        told = self._all_told(self.session_steps)
+        return self._told("leave", island=self.name, session=self.session, reason=reason, told=told)
+
+    def _told(self, method: str, **arguments: Any) -> bool:
+        try:
+            self.client.call(method, **arguments)
+        except Unreachable:
+            return False
+        except UserError as error:
+            if error.code != "islands-done":
+                raise
+            return False
         return True

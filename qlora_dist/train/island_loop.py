@@ -79,6 +79,9 @@ class IslandLoop(IslandWaiting):
             if lease["evaluates"] and self.version == 0 and not self.progress.step and self.config.eval.eval_on_start:
                 self.evaluate_version()
             trained, tokens = self.train_lease(lease)
+            if self.asked_to_stop:
+                # Whoever has asked may not wait until the coordinator answers.
+                self.save()
             if self.exchanging:
                 self.take_result(wait_for_it=not self.asked_to_stop)
             self.contribute(lease, trained, tokens)
@@ -275,7 +278,7 @@ class IslandLoop(IslandWaiting):
 
     def measured(self, lease: dict[str, Any]) -> Told:
         """What this lease was like, for the coordinator's report."""
-        self.evaluate_next = lease["evaluates"] and self.evaluation_due()
+        self.evaluate_next = lease["evaluates"] and self.evaluation_due() and not self.asked_to_stop
         before = None
         if self.evaluate_next and self.eval_table is not None:
             before = self.timed_loss(self.eval_table)
@@ -377,9 +380,6 @@ class IslandLoop(IslandWaiting):
 
     def end(self, lease: dict[str, Any], reason: str) -> None:
         """The final adapter where there is one, a last checkpoint, and goodbye."""
-        if self.asked_to_stop:
-            # Whoever has asked may not wait until the coordinator answers.
-            self.save()
         if self.exchanging and not self.has_sent():
             self.notice(
                 "the coordinator did not answer, and what this island has trained last is lost; others train it"

@@ -94,7 +94,10 @@ class IslandWaiting(Loop):
                 wait([future], MEET_S)
                 told = future.done(), future.result() if future.done() else None, *self._heard(after_stop_s)
             done, value, stop, over, hold = self.agree(told)
-            self.asked_to_stop |= stop
+            if stop and not self.asked_to_stop:
+                self.asked_to_stop = True
+                # Whoever has asked may not wait until the coordinator answers.
+                self.save()
             if done or over:
                 result: T | None = value
                 return result

@@ -46,6 +46,8 @@ def waiting(monkeypatch: pytest.MonkeyPatch, **asked: bool) -> Any:
         **{"stop_asked": False, "hold_asked": False} | asked, at=lambda step, phase: None
     )  # fmt: skip
     loop.exchange = loop.stop_time = loop.hold_time = None
+    loop.saved = []
+    loop.save = lambda: loop.saved.append(time.monotonic())
     return loop
 
 
@@ -54,6 +56,7 @@ def test_a_stop_is_heeded_while_the_coordinator_does_not_answer(monkeypatch: pyt
     began = time.monotonic()
     assert loop.wait_for(never, after_stop_s=0.2) is None
     assert loop.asked_to_stop
+    assert [at - began < 0.2 for at in loop.saved] == [True], "at once, and once"
     assert 0.2 <= time.monotonic() - began < 5
     assert loop.wait_for(never) is None, "what is asked later is not waited for"
     never.set_result(5)

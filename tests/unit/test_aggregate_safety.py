@@ -45,7 +45,7 @@ def sent(island: str = "north", lease: int = 1, **changed: Any) -> Contribution:
 def test_what_cannot_count_is_refused_and_named(wrong: dict[str, Any], reason: str) -> None:
     refused = refuse(sent(**wrong), REFERENCE, BASE, [0.9, 1.0, 1.1])
     assert refused is not None
-    assert refused.startswith("island north, round 4: ")
+    assert refused.startswith("island north, round 5: ")
     assert reason in refused
 
 

@@ -11,7 +11,7 @@ from benchmarks.islands_docs import BLOCKS, PAGE, fill
 from benchmarks.islands_figures import mean_curve, summarise, table, times_fewer, verdicts
 from benchmarks.islands_overhead import round_overhead
 from benchmarks.islands_slow_link import shares
-from benchmarks.islands_tldr import TIMES, Point, points, sweep
+from benchmarks.islands_tldr import TIMES, Point, points
 
 PARAMETERS = 4_884_480
 
@@ -25,7 +25,7 @@ def record(point: Point, loss: float, bits_moved: float = 0.0) -> dict[str, Any]
 
 
 def test_points_are_told_apart_and_resume_by_name():
-    names = [point.name for point in [*points([0, 1, 2]), *sweep()]]
+    names = [point.name for point in points([0, 1, 2])]
     assert len(set(names)) == len(names)
     assert {point.method for point in points([0])} == {"ddp", "diloco", "mean", "svd"}
     assert all(point.steps % point.sync_every == 0 for point in points([0]))

@@ -112,6 +112,9 @@ def train_and_die(config: RunConfig, last_step: int) -> None:
             assert self.writer is not None
             while max((step for _, step, _ in tensorboard_values(config.run_dir)), default=-1) < last_step - 1:
                 time.sleep(0.1)
+            # A disk that is busy with something else may take longer than two steps.
+            while (self.writer.poll() or (0,))[0] < last_step - last_step % 3:
+                time.sleep(0.1)
             os.kill(os.getpid(), signal.SIGKILL)
 
     Loop.take_step = deadly  # type: ignore[method-assign]

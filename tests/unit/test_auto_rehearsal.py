@@ -44,7 +44,7 @@ class MadeUpGpu(Rehearsal):
     """A rehearsal; `beside`: bytes that the planner does not know of, where anything is kept.
 
     seconds: of a step, with the host and without. cold: what a step takes longer that is the first with its plan.
-    in_pieces: copies leave memory in pieces, so that the next step has too little.
+    in_pieces: copies leave memory in pieces, so that the next step has too little; all_in_pieces: whatever is kept.
     """
 
     run: Any = None
@@ -59,6 +59,7 @@ class MadeUpGpu(Rehearsal):
     seconds: tuple[float, float] = (0.6, 0.65)
     cold: float = 0.0
     in_pieces: bool = False
+    all_in_pieces: bool = False
     peaks: list[float] = field(default_factory=list)
     ran: list[list[Plan]] = field(default_factory=list)
 
@@ -73,7 +74,7 @@ class MadeUpGpu(Rehearsal):
         plans = [block.plan for block in self.blocks]
         took = self.seconds[not any(moved)] + (self.cold if plans not in self.ran else 0)
         self.ran.append(plans)
-        if self.peaks[-1] > self.limit or (warm and any(moved) and self.in_pieces):
+        if self.peaks[-1] > self.limit or (warm and (self.all_in_pieces or (any(moved) and self.in_pieces))):
             raise torch.OutOfMemoryError("full")
         return Seen(self.peaks[-1], took)
 
@@ -225,6 +226,12 @@ def test_a_plan_that_fits_once_alone_is_not_taken(model: Any, monkeypatch: Any, 
     line, _ = plan(model, monkeypatch, tmp_path, LEAN + 3 * GIB, in_pieces=True)
     assert "in host memory" not in line
     assert "with the host memory ran out the second time" in line
+
+
+def test_where_no_plan_fits_twice_nothing_is_kept(model: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    line, gpu = plan(model, monkeypatch, tmp_path, LEAN + 3 * GIB, all_in_pieces=True)
+    assert "in host memory" not in line
+    assert not any(block.plan.gate_up or block.plan.attention for block in gpu.blocks)
 
 
 @pytest.mark.parametrize(("seconds", "cold", "runs"), [((0.6, 0.65), 0.0, 4), ((0.6, 0.61), 0.0, 5),

@@ -4,9 +4,11 @@ import json
 import socket
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from qlora_dist.cluster.islands import Child, Group, device_slices, island_config
 from qlora_dist.cluster.launch import launch
@@ -14,12 +16,13 @@ from qlora_dist.cluster.outer import coordinate, listens_at, reached_at
 from qlora_dist.config.errors import UserError
 from qlora_dist.config.load import load_config
 from qlora_dist.coordinate import island_messages as say
-from qlora_dist.coordinate.client import CoordinatorError, HttpClient
+from qlora_dist.coordinate.client import CoordinatorError, HttpClient, Unreachable
 from qlora_dist.coordinate.island_messages import Decision
 from qlora_dist.coordinate.outer_address import keep_token, outer_address, own_token, refuse_finished
 from qlora_dist.coordinate.rounds import Rounds, Terms
 from qlora_dist.coordinate.service import CoordinatorService
 from qlora_dist.data.order import GlobalOrder, LeasedOrder, Position
+from qlora_dist.train.island import Island
 from tests.distributed.islands import violations
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -300,3 +303,19 @@ def test_a_run_whose_last_islands_were_stopped_from_outside_ends(
     group.islands = [Child(str(number), load_config(QUICKSTART), code=code) for number, code in enumerate(codes)]
     group.pass_on_stop()
     assert len(requests) == asked
+
+
+@pytest.mark.parametrize(
+    "gone", [Unreachable("nobody"), UserError("islands-done", coordinator="runs/a", adapter="runs/a/adapter")]
+)
+def test_an_island_that_is_done_needs_no_coordinator_to_end(gone: Exception) -> None:
+    def call(method: str, **arguments: Any) -> None:
+        raise UserError("coordinator-token", url="there") if method == "evaluated" and wrong else gone
+
+    client: Any = SimpleNamespace(call=call, sent=0, received=0)
+    island, wrong = Island(client, "a", "base", torch.device("cpu"), joined=True), False
+    assert not island.evaluated(3, 1.0)
+    assert not island.leave("everything is trained")
+    wrong = True
+    with pytest.raises(UserError, match="token"):
+        island.evaluated(3, 1.0)

@@ -341,8 +341,8 @@ class Coordinator:
         """Whether the driver is to start a new worker group after a failure; the decision is kept.
 
         No, when a person must mend something, when the same failure (numbers and addresses aside) happened at the
-        same step since the job started, or when there were `max_restarts`. A run that is out of memory goes on with
-        a leaner plan each time, `MOST_LEANER` times.
+        same step since the job started and nothing was committed in between, or when there were `max_restarts`. A run
+        that is out of memory goes on with a leaner plan each time, `MOST_LEANER` times.
 
         Args:
             step: where it failed; None where the driver cannot know: the furthest step a rank told of.
@@ -359,7 +359,13 @@ class Coordinator:
             if step is None:
                 with self._decisions.memory:
                     step = self._current().step()
-            same = [e for e in run.restarts if normalise(e["message"]) == normalise(message) and e["step"] == step]
+            # What ranks tell is up to a second old: a step may be an earlier one's. A commit is progress.
+            same = [
+                event
+                for event in run.restarts
+                if normalise(event["message"]) == normalise(message)
+                and (event["step"], event.get("commits", run.commits)) == (step, run.commits)
+            ]
             restarts = sum(event["restart"] and event.get("counted", True) for event in run.restarts)
             if failure is not None and failure["failure"] == "user":
                 restart, reason = False, failure["message"]
@@ -374,6 +380,7 @@ class Coordinator:
             else:
                 restart, reason = True, message
             fields = {"message": message, "step": step, "restart": restart, "reason": reason, "counted": counted}
+            fields["commits"] = run.commits
             self._decisions.decide("restart", generation=run.generation, **fields)
         self._write_status()
         return {"restart": restart, "reason": reason}

@@ -291,6 +291,22 @@ def test_the_step_of_a_killed_worker_is_what_was_last_heard(run_dir: Path) -> No
     assert c.should_restart("something else", 50, max_restarts=1)["reason"].startswith("the run was restarted 1 times")
 
 
+def test_what_was_committed_in_between_is_progress(run_dir: Path) -> None:
+    """Heartbeats come once a second, so that a worker killed a few fast steps later seems to be where it began."""
+    c = coordinator(run_dir)
+    join(c, "one")
+    c.heartbeat(1, 0, 0, "compute")
+    commit(c, 1, 5)
+    assert c.should_restart("worker died")["restart"]
+    join(c, "two")
+    c.heartbeat(2, 0, 0, "compute")
+    commit(c, 2, 10)
+    assert c.should_restart("worker died")["restart"]
+    join(c, "three")
+    c.heartbeat(3, 0, 0, "compute")
+    assert not c.should_restart("worker died")["restart"]
+
+
 def test_finish_stop_and_going_on(run_dir: Path) -> None:
     c = coordinator(run_dir)
     join(c, "one")

@@ -22,6 +22,7 @@ from qlora_dist.coordinate import report
 from qlora_dist.coordinate.decisions import Decisions
 from qlora_dist.coordinate.host import this_host
 from qlora_dist.coordinate.outer_address import TOKEN_VARIABLE
+from qlora_dist.coordinate.replay import Run
 from qlora_dist.coordinate.rundir import ADAPTER, RUN_FILE, open_run
 from qlora_dist.coordinate.service import CoordinatorService
 from qlora_dist.track.attempt import open_metrics
@@ -113,9 +114,7 @@ def look_back(config: RunConfig, run_dir: Path) -> Outcome | None:
     """
     if not (run_dir / RUN_FILE).exists():
         return None
-    decisions = Decisions(run_dir, LOCK_TIMEOUT_S)
-    decisions.catch_up()
-    run = decisions.run
+    run = replayed(run_dir)
     if run.begun is None:
         return None
     began, wanted = run.begun["packs"], packs_in_all(config, run.begun["num_packs"])
@@ -129,18 +128,21 @@ def look_back(config: RunConfig, run_dir: Path) -> Outcome | None:
     return read_end(run_dir)
 
 
-def rounds_done(run_dir: Path) -> int:
-    """How many rounds are committed."""
+def replayed(run_dir: Path) -> Run:
+    """The run as its event log has it."""
     decisions = Decisions(run_dir, LOCK_TIMEOUT_S)
     decisions.catch_up()
-    return decisions.run.rounds.round
+    return decisions.run
+
+
+def rounds_done(run_dir: Path) -> int:
+    """How many rounds are committed."""
+    return replayed(run_dir).rounds.round
 
 
 def read_end(run_dir: Path) -> Outcome:
     """How the run ended, by its event log."""
-    decisions = Decisions(run_dir, LOCK_TIMEOUT_S)
-    decisions.catch_up()
-    told = report.outcome(decisions.run)
+    told = report.outcome(replayed(run_dir))
     if told["exit_code"] == 0:
         return Outcome(0, told["message"], summary=told["summary"], step=told["step"])
     return Outcome(told["exit_code"] or 1, told["message"] or "the coordinator ended before the run did")

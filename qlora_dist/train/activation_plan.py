@@ -103,7 +103,7 @@ def _set_on_gpu(config: RunConfig, model: nn.Module, blocks: Sequence[Block], re
     allowed = limit * (1 - MARGIN_SHARE) - MARGIN_BYTES - bytes_of_state_to_come(rehearsal.strategy)
     host_bytes = least(bytes_of_host(config, rehearsal.local_workers), device)
     fused_alone = len(blocks) == model_layers(model)
-    leanest = _rehearse_leanest(model, blocks, rehearsal, limit, allowed, host_bytes, leaner)
+    leanest = _rehearse_leanest(model, blocks, rehearsal, limit, allowed, host_bytes, leaner, fused_alone)
     idle = [block for block in blocks if not block.trains]
     blocks = [block for block in blocks if block.trains]
     if leanest.hosted and not fused_alone:
@@ -168,23 +168,25 @@ class Leanest:
 
 def _rehearse_leanest(
     model: nn.Module, blocks: Sequence[Block], rehearsal: Rehearsal, limit: int, allowed: float, host_bytes: float,
-    leaner: int,
+    leaner: int, fused_alone: bool,
 ) -> Leanest:  # fmt: skip
     """All is recomputed; where that is too much, layers' inputs go to the host and come back while others compute.
 
     An error among several workers is the end of their group: they start again with the inputs on the host.
 
+    Args:
+        fused_alone: every decoder layer is a fused one.
+
     Raises:
         OutOfRoom: several workers start again.
         torch.OutOfMemoryError: it is too much all the same.
     """
-    fused_alone = len(blocks) == model_layers(model)
     helps = bool(host_bytes) and fused_alone
     tries = rehearsal.alone or not (leaner and helps)
     if tries:
         _use(blocks, [Choice()] * len(blocks))
         with timed_forwards(blocks) as forwards:
-            peak = rehearsal.once_or_more(blocks, leaner=helps).peak
+            peak = rehearsal.once_or_too_much(blocks, leaner=helps).peak
         # Among several workers an error would be the end, so that the margin decides.
         fits = least((limit if rehearsal.alone else allowed) - peak, rehearsal.device) >= 0
         if fits or (not host_bytes and peak <= limit):
@@ -239,7 +241,7 @@ def _rehearsed(
         if fitting is not None and placed.choices == fitting[0].choices:
             return fitting
         _use(blocks, placed.choices)
-        peak = rehearsal.once_or_more(blocks, leaner=placed.copied > 0).peak
+        peak = rehearsal.once_or_too_much(blocks, leaner=placed.copied > 0).peak
         # What a plan with copies takes differs from step to step, so that half the margin is left at least.
         left = least(((allowed + limit) / 2 if placed.copied else limit) - peak, rehearsal.device)
         if left < 0:
@@ -265,7 +267,7 @@ def _faster(
 
     def timed(plan: Placed) -> Seen:
         _use(blocks, plan.choices)
-        seen = rehearsal.once_or_more(blocks, warm=True)
+        seen = rehearsal.once_or_too_much(blocks, warm=True)
         # The slowest rank keeps the others waiting.
         return Seen(seen.peak, -least(-seen.seconds, rehearsal.device))
 

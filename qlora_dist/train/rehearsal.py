@@ -64,7 +64,7 @@ class Rehearsal:
         torch.cuda.synchronize(self.device)
         return Seen(torch.cuda.max_memory_allocated(self.device), start.elapsed_time(end) / 1e3)
 
-    def once_or_more(self, blocks: Sequence[Block], warm: bool = False, leaner: bool = False) -> Seen:
+    def once_or_too_much(self, blocks: Sequence[Block], warm: bool = False, leaner: bool = False) -> Seen:
         """As `once`; where a single worker runs out of memory, `TOO_MUCH`.
 
         Args:

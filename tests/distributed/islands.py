@@ -98,6 +98,10 @@ class Islands:
             assert time.monotonic() < deadline, f"waited in vain for {what}: {self.events()[-3:]}"
             time.sleep(0.05)
 
+    def wait_killed(self, name: str) -> None:
+        """Wait until this process has died of SIGKILL."""
+        self.wait("the kill", lambda: self.processes[name].exitcode == -signal.SIGKILL)
+
     def finish(self) -> dict[str, Any]:
         """Wait for the end of the run; its summary."""
         self.wait("the end", lambda: bool(self.events("finished")))

@@ -7,6 +7,7 @@ Each generator holds its tensors only while its cases are timed.
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -49,8 +50,11 @@ class Case:
 
 
 def from_package(package: str, make: Callable[[], Run]) -> Run | str:
-    """The peer's run, if its package is there."""
-    return NOT_INSTALLED if importlib.util.find_spec(package) is None else make()
+    """The peer's run, made when it is first called (names are asked for on a CPU too), if its package is there."""
+    if importlib.util.find_spec(package) is None:
+        return NOT_INSTALLED
+    once = cache(make)
+    return lambda: once()()
 
 
 def room(rows: int, columns: int, device: str) -> Tensor:

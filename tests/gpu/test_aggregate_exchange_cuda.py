@@ -41,13 +41,13 @@ def test_error_feedback_holds_on_a_gpu() -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_an_adapter_in_host_memory_takes_next_to_nothing_of_a_gpu(bits: int) -> None:
-    """64 MiB of it, quantised in pieces of 4 MiB."""
+    """64 MiB of it, quantised in pieces of 4 MiB, each with a few times its size of what is between."""
     device, generator = torch.device("cuda"), torch.Generator().manual_seed(0)
     tensors = {"x": torch.randn(64, 1 << 18, generator=generator)}
     encode(change(0), HEADER, bits, device)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     data = encode(tensors, HEADER, bits, device)
-    assert torch.cuda.max_memory_allocated() - before < 16 << 20
+    assert torch.cuda.max_memory_allocated() - before < 24 << 20
     here = decode(encode(tensors, HEADER, bits)).tensors["x"]
     assert float((decode(data).tensors["x"] != here).float().mean()) < 0.01

@@ -8,7 +8,7 @@ import torch
 
 from qlora_dist.bench import kernels
 from qlora_dist.bench.bound import Shape
-from qlora_dist.bench.kernel_cases import GROUPS, NOT_INSTALLED, Case
+from qlora_dist.bench.kernel_cases import GROUPS, NOT_INSTALLED, Case, from_package
 from qlora_dist.bench.kernels import milliseconds, timed
 from qlora_dist.model.shapes import SHAPES
 
@@ -57,3 +57,13 @@ def test_names_are_those_of_the_cases() -> None:
     assert {"rms_norm", "nf4 dequantisation, nested", "projection gate_up, backward"} <= set(
         kernels.names(SHAPES["llama-3.1-8b"])
     )
+
+
+def test_a_peer_that_needs_a_gpu_is_made_only_when_it_is_timed() -> None:
+    def make() -> Any:
+        raise ValueError("cpu tensor?")
+
+    run = from_package("torch", make)
+    assert callable(run)
+    assert milliseconds(run, lambda run: run()) == "ValueError: cpu tensor?"
+    assert from_package("no_such_package", make) == NOT_INSTALLED

@@ -40,7 +40,8 @@ def offload_activations(model: nn.Module, min_bytes: int = MIN_BYTES) -> None:
 
     def pack(tensor: Tensor) -> Tensor | Stored:
         nonlocal begins
-        if over:
+        # Something small begins no layer: checkpointing may save a dummy of another device first.
+        if over or tensor.nbytes < min_bytes:
             return tensor
         store = store_of(tensor.device)
         if begins or (not layers and store.group_bytes >= GROUP_BYTES):

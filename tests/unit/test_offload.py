@@ -13,7 +13,7 @@ from qlora_dist.config.errors import UserError
 from qlora_dist.config.schema import AdapterConfig, ModelConfig, TrainConfig
 from qlora_dist.model.adapter import attach_adapter, trainable_parameters
 from qlora_dist.model.base import load_base
-from qlora_dist.model.host_store import HostStore, Kept, PinnedMemory, Stored
+from qlora_dist.model.host_store import HostStore, Kept, PinnedMemory, Stored, store_of
 from qlora_dist.optim.optimizers import build_optimizer
 from qlora_dist.shard.activations import offload_activations
 from tests.distributed.group import series
@@ -139,3 +139,21 @@ def test_a_run_on_a_cpu_says_that_nothing_moves(tiny_model: Path, tmp_path: Path
     told = [e["message"] for e in events if e["kind"] == "notice" and "shard.offload" in e["message"]]
     assert sorted(sentence.split()[2] for sentence in told) == ["activations", "adapter"]
     assert series(away.run_dir, "loss") == series(plain.run_dir, "loss")
+
+
+def test_a_dummy_of_another_device_begins_no_layer(tiny_model: Path) -> None:
+    """PyTorch 2.11's checkpoint saves one that is empty, and on a CPU, before each layer's input."""
+    model = adapted(tiny_model)
+    base = model.get_base_model()
+    offload_activations(model, min_bytes=IDS.numel() * 64)
+    layers = base.model.layers
+
+    def save_a_dummy(*_: Any) -> None:
+        torch.empty(0, device="meta", requires_grad=True).exp()
+
+    for layer in layers:
+        layer.register_forward_pre_hook(save_a_dummy)
+    store = store_of(CPU)
+    before = store.group
+    loss_and_gradients(model)
+    assert store.group - before == len(layers)

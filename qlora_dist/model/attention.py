@@ -97,7 +97,7 @@ def attend(
         for part in y_MN.split([block.q_width, block.kv_width, block.kv_width], dim=1)
     )
     graph: AttentionGraph | None = None
-    with torch.set_grad_enabled(differentiable), keeping_elsewhere(block, inputs):
+    with torch.set_grad_enabled(differentiable), keeping_elsewhere(block, inputs, y_MN):
         if differentiable:
             token, caught = torch.empty(0, dtype=q.dtype, requires_grad=True), list[Tensor]()
             q, k, v = _Catch.apply(token, caught, q, k, v)
@@ -107,16 +107,21 @@ def attend(
     return Attended(xa_MR, rstd_M, graph, head_rstd, normed_MW), result.detach(), raw_MN
 
 
-def keeping_elsewhere(block: "Block", inputs: dict[str, Any]) -> AbstractContextManager[Any]:
-    """Where what autograd saves within goes to the host, if the plan says so."""
+def keeping_elsewhere(block: "Block", inputs: dict[str, Any], qkv_MN: Tensor) -> AbstractContextManager[Any]:
+    """Where what autograd saves within goes to the host, if the plan says so; q, k and v are parts of `qkv_MN`."""
     if not (block.plan.attention and block.plan.attention_on_host and inputs["trains"]):
         return nullcontext()
     mask: Tensor | None = inputs["mask"]
+    # No reference: what is saved keeps this function.
+    of_qkv = qkv_MN.untyped_storage()._cdata
 
     def pack(tensor: Tensor) -> Tensor | Stored:
         # All layers share the mask, which is there in any case.
         if mask is not None and tensor.untyped_storage()._cdata == mask.untyped_storage()._cdata:
             return tensor
+        # k is saved first, and where it has few heads it is a small part, which alone would stay and hold q and v.
+        if tensor.untyped_storage()._cdata == of_qkv:
+            return store_of(tensor.device).put(tensor)
         return store_of(tensor.device).pack(tensor)
 
     def unpack(saved: Tensor | Stored) -> Tensor:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM as Auto
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -220,11 +221,14 @@ def test_generation_and_the_bare_base_go_through_the_usual_forward() -> None:
         torch.testing.assert_close(fused(input_ids=ids).logits, stock(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "llama with one key head"])
 @pytest.mark.parametrize("plan", ["input on the host", "attention on the host", "all on the host"])
 def test_what_goes_to_the_host_comes_back_to_the_bit(family: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With five layers the first ones' storages die in the forward, and the last two's never leave."""
-    plain = adapted(type(FAMILIES[family]())(**SIZES | {"num_hidden_layers": 5}), torch.float32, ADAPTERS["all linear"])
+    # There k is less than an eighth of q, k and v.
+    heads = {"hidden_size": 192, "num_attention_heads": 12, "num_key_value_heads": 1} if family.endswith("head") else {}
+    sizes = SIZES | {"num_hidden_layers": 5} | heads
+    plain = adapted(type(FAMILIES[family.split()[0]]())(**sizes), torch.float32, ADAPTERS["all linear"])
     away = deepcopy(plain)
     set_plan(fuse(plain), replace(PLANS[plan], input_on_host=False, attention_on_host=False))
     set_plan(fuse(away), PLANS[plan])
@@ -235,8 +239,15 @@ def test_what_goes_to_the_host_comes_back_to_the_bit(family: str, plan: str, mon
         monkeypatch.setattr(module, "store_of", lambda device: store)
     wanted, wanted_grads, _ = losses(plain, batch(False), fused=True)
     lines: list[list[tuple[int, bool, bool]]] = []
+    sent: list[tuple[int, StorageWeakRef]] = []
+    send = store._send
+    monkeypatch.setattr(store, "_send", lambda one: (sent.append((store.group, StorageWeakRef(one))), send(one))[1])
 
     def see(*_: Any) -> None:
+        # `losses` holds the first layer's input.
+        gone = [ref.expired() for group, ref in sent if store.group - 4 < group < store.group - 1]
+        assert all(gone), "nobody else holds them"
+        sent.clear()
         kept = [ref() for ref in store.order]
         lines.append([(one.group, one.source is None, one.back is None) for one in kept if one is not None])
 

@@ -119,7 +119,7 @@ def keeping_elsewhere(block: "Block", inputs: dict[str, Any], qkv_MN: Tensor) ->
         # All layers share the mask, which is there in any case.
         if mask is not None and tensor.untyped_storage()._cdata == mask.untyped_storage()._cdata:
             return tensor
-        # k is saved first, and where it has few heads it is a small part, which alone would stay and hold q and v.
+        # SDPA saves k first, and of few heads it is a small part, which alone would stay and hold q and v.
         if tensor.untyped_storage()._cdata == of_qkv:
             return store_of(tensor.device).put(tensor)
         return store_of(tensor.device).pack(tensor)

@@ -246,6 +246,7 @@ def test_what_goes_to_the_host_comes_back_to_the_bit(family: str, plan: str, mon
     def see(*_: Any) -> None:
         # `losses` holds the first layer's input.
         gone = [ref.expired() for group, ref in sent if store.group - 4 < group < store.group - 1]
+        assert gone
         assert all(gone), "nobody else holds them"
         sent.clear()
         kept = [ref() for ref in store.order]

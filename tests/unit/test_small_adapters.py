@@ -47,6 +47,7 @@ def test_fused_layers_pass_on_what_stock_ones_round_away(size: float, of_stock: 
     the last place is lost; fused ones add in fp32 within the GEMM and round the sum.
     """
     true = change_by(size, torch.float64, False).flatten()
-    stock, fused = (float(change_by(size, torch.bfloat16, one).flatten() @ true / (true @ true)) for one in (False, True))
+    found = [change_by(size, torch.bfloat16, fused).flatten() for fused in (False, True)]
+    stock, fused = (float(one @ true / (true @ true)) for one in found)
     assert of_stock[0] < stock < of_stock[1]
     assert fused == pytest.approx(1, abs=0.06)

@@ -7,11 +7,18 @@ import pytest
 from qlora_dist.config.load import load_config
 from tests.single import train_here
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+CONFIGS, SLURM = (sorted((ROOT / folder).glob("*.yaml")) for folder in ("configs", "slurm"))
 
 
 def test_there_are_configs() -> None:
     assert "quickstart" in [path.stem for path in CONFIGS]
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, *SLURM], ids=lambda path: path.stem)
+def test_what_layers_keep_follows_from_the_memory_there_is(path: Path) -> None:
+    """A config that recomputes everything gives a quarter of its speed away wherever memory is left."""
+    assert load_config(path).activations == "auto"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

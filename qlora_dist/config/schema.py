@@ -83,7 +83,9 @@ class AdapterConfig(Section):
     )
     r: PositiveInt = 16
     lora_alpha: PositiveInt = 32
-    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="Above 0, decoder layers run unfused on a GPU, and slower."
+    )
     target_modules: str | list[str] = Field("all-linear", description="`all-linear`, a regular expression, or names.")
     modules_to_save: list[str] | None = Field(None, description="Modules trained in full beside the adapter.")
     use_rslora: bool = False

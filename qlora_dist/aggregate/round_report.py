@@ -11,7 +11,7 @@ import torch
 from qlora_dist.aggregate.changes import change_of, norm_of
 from qlora_dist.aggregate.measures import Divergence, Traffic
 from qlora_dist.aggregate.round_files import Version
-from qlora_dist.coordinate.log import Event, EventLog
+from qlora_dist.coordinate.log import Event, EventLog, finite
 from qlora_dist.coordinate.ranges import count
 from qlora_dist.coordinate.replay import Run
 from qlora_dist.coordinate.rounds import Contribution, Rounds
@@ -86,8 +86,7 @@ class RoundReport:
         evaluated = [told["eval_loss_before"] for told in told_of if told.get("eval_loss_before") is not None]
         if evaluated:
             metrics["eval_loss_before"] = evaluated[0]
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        return {"metrics": finite, "islands": islands}
+        return {"metrics": finite(metrics), "islands": islands}
 
     def committed(self, rounds: Rounds) -> None:
         """Write the last committed round's record, and what its first steps tell of the round before."""
@@ -152,9 +151,9 @@ def check_told(told: Any) -> None:
     """Raise a ValueError where the figures of a contribution are not those that a round's record needs."""
     check_session_told(told)
     _check_numbers(told, (*TOLD, *MEANS))
-    _check_numbers(told, LOSSES, finite=False)
+    _check_numbers(told, LOSSES, must_be_finite=False)
     if told.get("eval_loss_before") is not None:
-        _check_numbers(told, ("eval_loss_before",), finite=False)
+        _check_numbers(told, ("eval_loss_before",), must_be_finite=False)
 
 
 def check_session_told(told: Any) -> None:
@@ -162,13 +161,13 @@ def check_session_told(told: Any) -> None:
     _check_numbers(told, SESSION)
 
 
-def _check_numbers(told: Any, names: Sequence[str], finite: bool = True) -> None:
+def _check_numbers(told: Any, names: Sequence[str], must_be_finite: bool = True) -> None:
     if not isinstance(told, dict):
         raise ValueError("it tells no figures")
     for name in names:
         if isinstance(told.get(name), bool) or not isinstance(told.get(name), int | float):
             raise ValueError(f"its figure {name} is no number")
-        no_loss = not finite and isinstance(told[name], float) and not math.isfinite(told[name])
+        no_loss = not must_be_finite and isinstance(told[name], float) and not math.isfinite(told[name])
         if not no_loss and not abs(told[name]) <= MOST_FIGURE:
             raise ValueError(f"its figure {name} is beyond all measure")
 

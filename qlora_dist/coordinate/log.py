@@ -97,7 +97,7 @@ class EventLog:
         """
         if self._owner != threading.get_ident():
             raise RuntimeError("an event is appended only while the log is locked")
-        line = json.dumps(_finite(event), allow_nan=False).encode() + b"\n"
+        line = json.dumps(finite(event), allow_nan=False).encode() + b"\n"
         is_new = not self.path.exists()
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
@@ -149,12 +149,13 @@ class EventLog:
         return events
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with None, JSON's null, for every number that JSON cannot hold, at any depth of dicts and lists."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: finite(inner) for key, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _cut_torn_tail(descriptor: int, path: Path) -> int:

@@ -1,7 +1,6 @@
 """metrics.jsonl: one JSON object a line, the source that every other sink is fed from."""
 
 import json
-import math
 import os
 import threading
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dist.config.errors import UserError
+from qlora_dist.coordinate.log import finite
 from qlora_dist.track.sinks import SinkThread
 
 FILE = "metrics.jsonl"
@@ -42,9 +42,8 @@ class MetricsLog:
 
     def write(self, step: int, **values: float | int | bool | None) -> None:
         """Append one record; a value that is not finite becomes null, which JSON can hold. Any thread may call it."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with self._writing:
-            record = {"step": step, "attempt": self.attempt, "time": round(time.time(), 3), **finite}
+            record = {"step": step, "attempt": self.attempt, "time": round(time.time(), 3), **finite(values)}
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
             self._feed(record)

@@ -225,6 +225,8 @@ class _Body(BufferedIOBase):
 
 
 class _Handler(BaseHTTPRequestHandler):
+    """A request; the service that it is for says, in a subclass of its own, what it is answered."""
+
     timeout = SOCKET_TIMEOUT_S
     server_version = "qlora-dist"
     sys_version = ""

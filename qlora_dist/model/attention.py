@@ -112,17 +112,17 @@ def keeping_elsewhere(block: "Block", inputs: dict[str, Any], qkv_MN: Tensor) ->
     if not (block.plan.attention and block.plan.attention_on_host and inputs["trains"]):
         return nullcontext()
     mask: Tensor | None = inputs["mask"]
-    # No reference: what is saved keeps this function.
+    # No references: what is saved keeps this function.
+    of_mask = None if mask is None else mask.untyped_storage()._cdata
     of_qkv = qkv_MN.untyped_storage()._cdata
 
     def pack(tensor: Tensor) -> Tensor | Stored:
+        store, storage = store_of(tensor.device), tensor.untyped_storage()._cdata
         # All layers share the mask, which is there in any case.
-        if mask is not None and tensor.untyped_storage()._cdata == mask.untyped_storage()._cdata:
+        if storage == of_mask:
             return tensor
         # SDPA saves k first, and of few heads it is a small part, which alone would stay and hold q and v.
-        if tensor.untyped_storage()._cdata == of_qkv:
-            return store_of(tensor.device).put(tensor)
-        return store_of(tensor.device).pack(tensor)
+        return store.put(tensor) if storage == of_qkv else store.pack(tensor)
 
     def unpack(saved: Tensor | Stored) -> Tensor:
         return saved if isinstance(saved, Tensor) else store_of(saved.kept.device).get(saved)
